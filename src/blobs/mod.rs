@@ -1,0 +1,305 @@
+//! What we hold: one file per content, named by its SHA-256, in two levels of directories.
+//!
+//! The store's contract:
+//! - A blob MUST NOT be visible under its name until all of its bytes are on disk and verified.
+//! - When [`Blobs::publish`] returns, the blob MUST survive a power cut.
+//! - Publishing a digest twice MUST equal publishing it once, in either order, at the same time too.
+//! - Nothing here ever deletes a blob: what is damaged is moved aside, and what is deleted is decided elsewhere.
+//! - A path MUST be formed from a parsed [`Digest`] only, never from request text.
+
+mod read;
+mod spool;
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::sync::Semaphore;
+
+use crate::{artifact::Digest, config::Storage, error::Error};
+pub use read::{BufferPool, Reader};
+pub use spool::{Spool, SpoolFile, Written};
+
+/// Growing files, beside the blobs because a rename needs one file system.
+const SPOOL_DIR: &str = ".spool";
+/// Damaged files, kept for the operator.
+const QUARANTINE_DIR: &str = ".quarantine";
+const LOCK_FILE: &str = ".lock";
+/// Bytes of all downloads together that may wait for the disk.
+const SPOOL_POOL_BYTES: usize = 24 << 20;
+
+/// Why a store can't be opened; the text names the path and the cure.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A directory or file can't be made or used.
+    #[error("can't use storage.base_path: {path}: {cause}{}", hint(cause))]
+    Io {
+        /// The path that failed.
+        path: PathBuf,
+        /// What the system says.
+        cause: io::Error,
+    },
+    /// Another process has it.
+    #[error("storage.base_path {path} is in use by another artifact-cache; stop that one first")]
+    Locked {
+        /// `storage.base_path`.
+        path: PathBuf,
+    },
+    /// Renaming into place would not be atomic.
+    #[error("{path} is on another file system than storage.base_path; both must be on one")]
+    OtherFileSystem {
+        /// The spool directory.
+        path: PathBuf,
+    },
+}
+
+fn hint(cause: &io::Error) -> String {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => {
+            let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+            format!("; the service runs as {uid}:{gid} and must own it: chown -R {uid}:{gid} THAT_DIRECTORY")
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "; mount it writable".to_owned(),
+        _ => String::new(),
+    }
+}
+
+/// What is found where a blob should be.
+#[derive(Debug)]
+pub enum Held {
+    /// A regular file of the right size, open for reading.
+    Whole(File),
+    /// Nothing.
+    Missing,
+    /// Something else: a file of another size, a directory, a link.
+    Damaged(String),
+}
+
+/// The store. Share it in an `Arc`.
+#[derive(Debug)]
+pub struct Blobs {
+    base: PathBuf,
+    min_free_bytes: u64,
+    /// Bytes that downloads under way have announced and not yet allocated.
+    reserved: Arc<AtomicU64>,
+    next_spool: AtomicU64,
+    spool_pool: Arc<Semaphore>,
+    buffers: BufferPool,
+    /// By a digest's first byte: publishing, moving aside and (later) deleting exclude each other.
+    shards: Box<[Mutex<Shard>; 256]>,
+    _lock: File,
+}
+
+/// One first-level directory: which of its entries this process knows to be durable. A directory that merely exists
+/// may have been made by a process that was killed before it synced the parent.
+#[derive(Debug, Default)]
+struct Shard {
+    durable: bool,
+    durable_children: [u64; 4],
+}
+
+impl Blobs {
+    /// Opens and locks the store, making its directories when they are not there, and clears leftover spool files.
+    pub fn open(config: &Storage) -> Result<Blobs, OpenError> {
+        let base = config.base_path.clone();
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |cause| OpenError::Io { path, cause }
+        };
+        let (spool, quarantine, lock_path) =
+            (base.join(SPOOL_DIR), base.join(QUARANTINE_DIR), base.join(LOCK_FILE));
+        for dir in [&base, &spool, &quarantine] {
+            fs::create_dir_all(dir).map_err(failed(dir))?;
+        }
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(failed(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(OpenError::Locked { path: base }),
+            Err(TryLockError::Error(cause)) => return Err(failed(&lock_path)(cause)),
+        }
+        for dir in [&spool, &quarantine] {
+            if fs::metadata(dir).map_err(failed(dir))?.dev()
+                != fs::metadata(&base).map_err(failed(&base))?.dev()
+            {
+                return Err(OpenError::OtherFileSystem { path: dir.clone() });
+            }
+        }
+        // Proves that it can be written before the first client has to find out.
+        let probe = spool.join("probe");
+        fs::write(&probe, b"").map_err(failed(&probe))?;
+        for entry in fs::read_dir(&spool).map_err(failed(&spool))? {
+            let path = entry.map_err(failed(&spool))?.path();
+            fs::remove_file(&path).map_err(failed(&path))?;
+        }
+        Ok(Blobs {
+            base,
+            min_free_bytes: config.min_free_bytes,
+            reserved: Arc::default(),
+            next_spool: AtomicU64::new(0),
+            spool_pool: Arc::new(Semaphore::new(SPOOL_POOL_BYTES / 1024)),
+            buffers: BufferPool::default(),
+            shards: Box::new(std::array::from_fn(|_| Mutex::default())),
+            _lock: lock,
+        })
+    }
+
+    /// Opens a blob for reading if what lies at its place has the right kind and size.
+    ///
+    /// # Errors
+    /// When the file system itself fails; a blob that isn't there is an answer.
+    pub fn open_blob(&self, digest: Digest, size: u64) -> Result<Held, Error> {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        match OpenOptions::new().read(true).custom_flags(flags).open(self.path(digest)) {
+            Ok(file) => {
+                let found =
+                    file.metadata().map_err(|cause| Error::io("Failed to read cache storage", &cause))?;
+                Ok(match (found.is_file(), found.len() == size) {
+                    (true, true) => Held::Whole(file),
+                    (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
+                    (false, _) => Held::Damaged("is not a regular file".to_owned()),
+                })
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
+            Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
+                Ok(Held::Damaged("is a symbolic link".to_owned()))
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
+                Ok(Held::Damaged("has a file where its directory should be".to_owned()))
+            }
+            Err(cause) => Err(Error::io("Failed to read cache storage", &cause)),
+        }
+    }
+
+    /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Nothing is deleted.
+    pub fn quarantine(&self, digest: Digest, size: u64) -> Result<(), Error> {
+        let _shard = self.shard(digest);
+        if !matches!(self.open_blob(digest, size)?, Held::Damaged(_)) {
+            return Ok(());
+        }
+        let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
+        let seconds = jiff::Timestamp::now().as_second();
+        let aside = self.base.join(QUARANTINE_DIR).join(format!("{digest}.{seconds}.{number}"));
+        fs::rename(self.path(digest), aside)
+            .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))
+    }
+
+    /// Begins a growing file for a download of `announced` bytes, if that is known.
+    ///
+    /// # Errors
+    /// When there is no room for it under `storage.min_free_bytes`, counting what downloads under way still need, or
+    /// the file can't be made.
+    pub fn spool(&self, announced: Option<u64>) -> Result<Spool, Error> {
+        let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
+        let path = self.base.join(SPOOL_DIR).join(format!("{number:016x}"));
+        let room = spool::Room::reserve(self.reserved.clone(), self.min_free_bytes, &self.base, announced)?;
+        Spool::create(path, room, self.spool_pool.clone())
+    }
+
+    /// Makes a verified spool the blob of its digest: on disk first, then under its name, then the name on disk.
+    ///
+    /// Whatever lies at the place is replaced: it has the same name, so it has the same bytes or is damaged.
+    pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Arc<SpoolFile>, Error> {
+        let blobs = self.clone();
+        tokio::task::spawn_blocking(move || {
+            blobs.publish_now(&written).map_err(|cause| {
+                tracing::error!(error = %cause, digest = %written.digest, "publishing failed");
+                Error::io("Failed to write to cache storage", &cause)
+            })?;
+            Ok(written.file)
+        })
+        .await
+        .map_err(|_| Error::io("Failed to write to cache storage", &io::Error::other("publisher panicked")))?
+    }
+
+    fn publish_now(&self, written: &Written) -> io::Result<()> {
+        // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
+        // is what returning the error does.
+        written.file.sync()?;
+        let digest = written.digest;
+        let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
+        let mut shard = self.shard(digest);
+        let outer = self.base.join(format!("{first:02x}"));
+        let inner = outer.join(format!("{second:02x}"));
+        if !shard.durable {
+            make_dir(&outer)?;
+            sync_dir(&self.base)?;
+            shard.durable = true;
+        }
+        let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
+        if shard.durable_children[word] & bit == 0 {
+            make_dir(&inner)?;
+            sync_dir(&outer)?;
+            shard.durable_children[word] |= bit;
+        }
+        let to = self.path(digest);
+        match written.file.rename_to(&to) {
+            // An operator removed the directory under us.
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                *shard = Shard::default();
+                fs::create_dir_all(&inner)?;
+                sync_dir(&self.base)?;
+                sync_dir(&outer)?;
+                written.file.rename_to(&to)?;
+            }
+            done => done?,
+        }
+        sync_dir(&inner)
+    }
+
+    /// Bytes that an ordinary user can still write on the storage's file system.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        spool::free_bytes(&self.base)
+    }
+
+    /// No new download can be kept: less than `storage.min_free_bytes` is left.
+    pub fn is_nearly_full(&self) -> bool {
+        self.free_bytes().is_ok_and(|free| free < self.min_free_bytes)
+    }
+
+    /// Hits can't be served: the base directory can't be read.
+    pub fn check_readable(&self) -> io::Result<()> {
+        fs::read_dir(&self.base).map(drop)
+    }
+
+    /// The buffers that bodies are read into.
+    pub fn buffers(&self) -> &BufferPool {
+        &self.buffers
+    }
+
+    fn path(&self, digest: Digest) -> PathBuf {
+        let hex = digest.to_string();
+        let mut path = PathBuf::with_capacity(self.base.as_os_str().len() + 72);
+        path.push(&self.base);
+        path.push(&hex[0..2]);
+        path.push(&hex[2..4]);
+        path.push(&hex);
+        path
+    }
+
+    fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
+        self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn make_dir(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        done => done,
+    }
+}
+
+fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}

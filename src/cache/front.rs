@@ -1,0 +1,80 @@
+//! What was served lately, with its file open: a hit on it costs no query and no open.
+//!
+//! It never hides what an operator did: a file removed, replaced or cut short shows in its own fstat at each hit, and a
+//! changed database moves the catalogue's generation, which empties the front.
+
+use std::{
+    fs::File,
+    os::unix::fs::MetadataExt,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use quick_cache::sync::Cache;
+
+use crate::{artifact::Version, catalog::Artifact};
+
+/// Open files kept; also bounded by a share of the process's limit.
+const MAX_OPEN: usize = 8192;
+
+/// An artifact whose file is open.
+#[derive(Debug)]
+pub struct Stored {
+    /// Its row.
+    pub id: i64,
+    /// Its content.
+    pub version: Version,
+    /// Its bytes, and nothing but them.
+    pub file: Arc<File>,
+    /// Whatever the answers about it have in common, kept so that a hit needn't make it again. Empty at first; this
+    /// layer doesn't look into it.
+    pub memo: OnceLock<http::HeaderMap>,
+}
+
+impl Stored {
+    pub(super) fn new(artifact: Artifact, file: Arc<File>) -> Stored {
+        Stored { id: artifact.id, version: artifact.version, file, memo: OnceLock::new() }
+    }
+
+    /// The open file is still the one in the store, and of the right length.
+    fn is_current(&self) -> bool {
+        self.file.metadata().is_ok_and(|found| found.nlink() > 0 && found.len() == self.version.size)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Front {
+    entries: Cache<Arc<str>, Arc<Stored>>,
+    generation: AtomicU64,
+}
+
+impl Front {
+    pub(super) fn new() -> Front {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+        let capacity = (limit / 4).clamp(16, MAX_OPEN as u64) as usize;
+        Front { entries: Cache::new(capacity), generation: AtomicU64::new(0) }
+    }
+
+    pub(super) fn get(&self, key: &str, generation: u64) -> Option<Arc<Stored>> {
+        if self.generation.load(Ordering::Acquire) != generation {
+            self.generation.store(generation, Ordering::Release);
+            self.entries.clear();
+            return None;
+        }
+        let stored = self.entries.get(key)?;
+        if stored.is_current() {
+            return Some(stored);
+        }
+        self.entries.remove(key);
+        None
+    }
+
+    /// Keeps an entry that was read from the catalogue at `generation`, unless that has moved on since.
+    pub(super) fn put(&self, key: &str, stored: Arc<Stored>, generation: u64) {
+        if self.generation.load(Ordering::Acquire) == generation {
+            self.entries.insert(Arc::from(key), stored);
+        }
+    }
+}

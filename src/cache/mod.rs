@@ -1,0 +1,336 @@
+//! The product: hit or miss is decided here and nowhere else.
+//!
+//! ```text
+//! fetch ─ look up ─ known and held ──────────────────────────► Hit: the file
+//!             │  └─ known, but missing or damaged ─┐
+//!             └─ unknown ──────────────────────────┴─ flight ─► Miss: the file, or the growing spool
+//! ```
+//! A *flight* is one download that everybody who wants the same URL joins (`inflight`). It is a task of the process,
+//! never of the request that began it (`download`), and its bytes can be read while they arrive (`body`).
+
+mod body;
+mod download;
+mod front;
+mod inflight;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use quick_cache::sync::Cache as Bounded;
+use tokio::time::timeout_at;
+
+use crate::{
+    artifact::{CacheStatus, Digest, Streaming, Version, Want, media},
+    blobs::{Blobs, Held, SpoolFile},
+    catalog::{Artifact, Catalog, Totals},
+    config::Config,
+    error::Error,
+    telemetry::{Metrics, metrics::Sample},
+    upstream::{Head, Upstream},
+};
+pub use body::{Body, Broken};
+use front::Front;
+pub use front::Stored;
+use inflight::{Flight, Inflight, Stage};
+
+/// Rejected digests that are remembered; old ones go first.
+const REMEMBERED_MISMATCHES: usize = 10_000;
+
+/// The cache engine. Share it in an `Arc`.
+#[derive(Debug)]
+pub struct Cache {
+    catalog: Catalog,
+    blobs: Arc<Blobs>,
+    upstream: Upstream,
+    metrics: Arc<Metrics>,
+    front: Front,
+    inflight: Inflight,
+    /// The digest that a URL had when a client expected another one, and when that was.
+    mismatches: Bounded<(Arc<str>, Digest), (Digest, Instant)>,
+    limits: Limits,
+}
+
+/// What `download` and `body` need of the configuration.
+#[derive(Debug, Clone)]
+struct Limits {
+    stream_after: Duration,
+    tail_hold_bytes: u64,
+    mismatch_memory: Duration,
+    max_artifact_bytes: u64,
+    timeout: Duration,
+    stall: Duration,
+    min_bytes_per_second: u64,
+    max_retries: u32,
+}
+
+/// An answer.
+#[derive(Debug)]
+pub struct Fetched {
+    /// Whether it was stored before this request.
+    pub status: CacheStatus,
+    /// This request joined another's download.
+    pub collapsed: bool,
+    /// What it is.
+    pub content: Content,
+}
+
+/// What an answer is made of.
+#[derive(Debug)]
+pub enum Content {
+    /// All there.
+    Whole(Arc<Stored>),
+    /// Still arriving: what the upstream says of it, and the download to follow.
+    Growing(Growing),
+}
+
+/// A download under way whose upstream has answered.
+#[derive(Debug)]
+pub struct Growing {
+    /// What the upstream says.
+    pub head: Head,
+    flight: Arc<Flight>,
+    lineage: u64,
+    expected: Option<Digest>,
+}
+
+/// What the lookup found.
+enum Found {
+    Held(Arc<Stored>),
+    /// A row whose file is gone or damaged.
+    Lost,
+    Unknown,
+}
+
+impl Cache {
+    /// Puts the parts together.
+    pub fn new(
+        config: &Config,
+        catalog: Catalog,
+        blobs: Blobs,
+        upstream: Upstream,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Cache> {
+        Arc::new(Cache {
+            catalog,
+            blobs: Arc::new(blobs),
+            upstream,
+            metrics,
+            front: Front::new(),
+            inflight: Inflight::new(config.upstream.max_downloads),
+            mismatches: Bounded::new(REMEMBERED_MISMATCHES),
+            limits: Limits {
+                stream_after: config.fetch.stream_after,
+                tail_hold_bytes: config.fetch.tail_hold_bytes,
+                mismatch_memory: config.fetch.mismatch_memory,
+                max_artifact_bytes: config.storage.max_artifact_bytes,
+                timeout: config.upstream.timeout,
+                stall: config.upstream.stall,
+                min_bytes_per_second: config.upstream.min_bytes_per_second,
+                max_retries: config.upstream.max_retries,
+            },
+        })
+    }
+
+    /// What is stored for a URL, if it is held whole. Touches no upstream.
+    ///
+    /// # Errors
+    /// `ChecksumMismatch` when the client expects another digest.
+    pub fn peek(&self, want: &Want) -> Result<Option<Arc<Stored>>, Error> {
+        match self.look_up(want.url.key())? {
+            Found::Held(stored) => self.check(want, &stored.version).map(|()| Some(stored)),
+            Found::Lost | Found::Unknown => Ok(None),
+        }
+    }
+
+    /// Answers a request, downloading the artifact if it isn't held.
+    ///
+    /// `asked` is when the request came: a download that is not finished `fetch.stream_after_seconds` later is
+    /// answered while it runs, if the request allows that.
+    pub async fn fetch(self: &Arc<Self>, want: &Want, asked: Instant) -> Result<Fetched, Error> {
+        loop {
+            let found = self.look_up(want.url.key())?;
+            if let Found::Held(stored) = found {
+                self.check(want, &stored.version)?;
+                return Ok(Fetched {
+                    status: CacheStatus::Hit,
+                    collapsed: false,
+                    content: Content::Whole(stored),
+                });
+            }
+            if want.only_if_cached {
+                return Err(Error::NotCached { source_url: want.url.key().into() });
+            }
+            self.recall_mismatch(want)?;
+            // What replaces a damaged file must be proven before anybody sees a byte of it.
+            let early = matches!(found, Found::Unknown);
+            let joined = self.inflight.join(&want.url, want.sha256, early);
+            if joined.leads {
+                self.start(joined.flight.clone());
+            } else {
+                self.metrics.collapsed_requests.inc();
+            }
+            if let Some(content) = self.follow(want, &joined, asked).await? {
+                return Ok(Fetched { status: CacheStatus::Miss, collapsed: !joined.leads, content });
+            }
+        }
+    }
+
+    /// Asks the upstream what an artifact is that isn't held. Stores nothing.
+    pub async fn probe(&self, want: &Want) -> Result<Head, Error> {
+        self.upstream.head(&want.url).await.map_err(|failure| failure.error)
+    }
+
+    /// Counts one body served.
+    pub fn count_access(&self, stored: &Stored) {
+        self.catalog.count_access(stored.id);
+    }
+
+    /// The sums over everything known.
+    pub fn totals(&self) -> Result<Totals, Error> {
+        self.catalog.totals()
+    }
+
+    /// What is measured when somebody asks; zeros where it can't be.
+    pub fn sample(&self) -> Sample {
+        let totals = self.catalog.totals().unwrap_or_default();
+        Sample {
+            items: totals.items,
+            stored_bytes: totals.stored_bytes,
+            free_bytes: self.blobs.free_bytes().unwrap_or(0),
+        }
+    }
+
+    /// What keeps hits or misses from working: empty when all is well.
+    pub fn check_health(&self) -> Health {
+        let unreadable = self.catalog.totals().is_err() || self.blobs.check_readable().is_err();
+        Health {
+            hits: !unreadable,
+            disk: !self.blobs.is_nearly_full(),
+            database: !self.catalog.is_read_only(),
+        }
+    }
+
+    /// Writes what is only in memory, so that a plain copy of the database is whole.
+    pub async fn checkpoint(&self) {
+        self.catalog.checkpoint().await;
+    }
+
+    fn look_up(&self, key: &str) -> Result<Found, Error> {
+        let generation = self.catalog.generation();
+        if let Some(stored) = self.front.get(key, generation) {
+            return Ok(Found::Held(stored));
+        }
+        let Some(artifact) = self.catalog.find(key)? else { return Ok(Found::Unknown) };
+        self.hold(key, artifact, generation)
+    }
+
+    /// Opens a known artifact's file and remembers both.
+    fn hold(&self, key: &str, artifact: Artifact, generation: u64) -> Result<Found, Error> {
+        let Version { digest, size, .. } = artifact.version;
+        let problem = match self.blobs.open_blob(digest, size)? {
+            Held::Whole(file) => {
+                let stored = Arc::new(Stored::new(artifact, Arc::new(file)));
+                self.front.put(key, stored.clone(), generation);
+                return Ok(Found::Held(stored));
+            }
+            Held::Missing => "is missing".to_owned(),
+            Held::Damaged(how) => {
+                self.blobs.quarantine(digest, size)?;
+                how
+            }
+        };
+        self.metrics.blobs_corrupt.inc();
+        tracing::warn!(digest = %digest, problem, "stored file lost, will be fetched again");
+        Ok(Found::Lost)
+    }
+
+    fn check(&self, want: &Want, version: &Version) -> Result<(), Error> {
+        match want.sha256 {
+            Some(expected) if expected != version.digest => {
+                Err(self.mismatch(want, expected, version.digest))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn mismatch(&self, want: &Want, expected: Digest, actual: Digest) -> Error {
+        self.metrics.checksum_mismatches.inc();
+        Error::ChecksumMismatch { expected, actual, source_url: want.url.key().into() }
+    }
+
+    /// Fails at once when this client's digest was rejected a short while ago.
+    fn recall_mismatch(&self, want: &Want) -> Result<(), Error> {
+        let Some(expected) = want.sha256.filter(|_| !want.no_cache) else { return Ok(()) };
+        match self.mismatches.get(&(Arc::from(want.url.key()), expected)) {
+            Some((actual, when)) if when.elapsed() < self.limits.mismatch_memory => {
+                Err(self.mismatch(want, expected, actual))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn remember_mismatch(&self, key: &str, expected: Digest, actual: Digest) {
+        self.mismatches.insert((Arc::from(key), expected), (actual, Instant::now()));
+    }
+
+    /// Waits for a flight: for its end, or long enough to be answered while it runs. `None` means that the flight
+    /// was decided without this client, who must ask again.
+    async fn follow(
+        &self,
+        want: &Want,
+        joined: &inflight::Joined,
+        asked: Instant,
+    ) -> Result<Option<Content>, Error> {
+        let mut stage = joined.flight.subscribe();
+        let deadline = tokio::time::Instant::from_std(asked + self.limits.stream_after);
+        let ended = timeout_at(deadline, stage.wait_for(Stage::has_ended)).await.map(drop);
+        let may_stream = joined.flight.early && want.streaming != Streaming::Never;
+        let is_enough = |stage: &Stage| match stage {
+            Stage::Receiving(receiving) if may_stream => {
+                want.streaming == Streaming::Always || receiving.head.length.is_some()
+            }
+            other => other.has_ended(),
+        };
+        if ended.is_err() {
+            // A flight always ends, even when its task panics.
+            let _ = stage.wait_for(is_enough).await;
+        }
+        let stage = stage.borrow().clone();
+        match stage {
+            Stage::Stored { stored, .. } => {
+                self.check(want, &stored.version).map(|()| Some(Content::Whole(stored)))
+            }
+            Stage::Receiving(receiving) => {
+                let mut head = receiving.head.clone();
+                head.content_type.get_or_insert_with(|| detect(&receiving.spool, &receiving.head));
+                let (flight, lineage) = (joined.flight.clone(), receiving.lineage);
+                Ok(Some(Content::Growing(Growing { head, flight, lineage, expected: want.sha256 })))
+            }
+            Stage::Rejected { actual } => match want.sha256 {
+                Some(expected) if expected != actual => Err(self.mismatch(want, expected, actual)),
+                // It joined when that was already decided.
+                _ => Ok(None),
+            },
+            Stage::Failed(error) => Err(error),
+            Stage::Asking | Stage::Suspended => Ok(None),
+        }
+    }
+}
+
+/// The type of a content that its upstream says nothing of.
+fn detect(spool: &SpoolFile, head: &Head) -> String {
+    media::detect(&spool.prefix(), head.file_name.as_deref()).to_owned()
+}
+
+/// What works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Health {
+    /// The catalogue and the store can be read.
+    pub hits: bool,
+    /// There is room for new downloads.
+    pub disk: bool,
+    /// The database can be written.
+    pub database: bool,
+}

@@ -1,0 +1,216 @@
+//! The one thread that writes: it puts every record that is waiting into one transaction, and the access counts,
+//! which were only added up in memory, at most a second later.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::Ordering,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use rusqlite::Connection;
+use tokio::sync::oneshot;
+
+use super::{Artifact, Record, Status, sqlite};
+use crate::error::Error;
+
+/// How late an access count may be written, and how soon another process's change is seen.
+const TICK: Duration = Duration::from_millis(500);
+/// Records put into one transaction; more only make the first wait longer.
+const BATCH: usize = 256;
+
+enum Command {
+    Record(Box<Record>, oneshot::Sender<Result<Artifact, Error>>),
+    Checkpoint(oneshot::Sender<()>),
+}
+
+/// Handle to the writer thread. Dropping it writes what is waiting, checkpoints and joins the thread.
+pub(super) struct Writer {
+    /// `None` only while dropping.
+    commands: Option<mpsc::Sender<Command>>,
+    accesses: Arc<Mutex<HashMap<i64, u64>>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Writer {
+    pub(super) fn start(db: Connection, status: Arc<Status>) -> io::Result<Writer> {
+        let (commands, waiting) = mpsc::channel();
+        let accesses = Arc::new(Mutex::new(HashMap::new()));
+        let work = Work { db, status, accesses: accesses.clone(), seen: None, dirty_since: None };
+        let thread = thread::Builder::new().name("catalog".into()).spawn(move || work.run(&waiting))?;
+        Ok(Writer { commands: Some(commands), accesses, thread: Some(thread) })
+    }
+
+    pub(super) async fn record(&self, record: Record) -> Result<Artifact, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Record(Box::new(record), reply));
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    pub(super) fn count_access(&self, id: i64) {
+        *self.accesses.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default() += 1;
+    }
+
+    pub(super) async fn checkpoint(&self) {
+        let (reply, done) = oneshot::channel();
+        self.send(Command::Checkpoint(reply));
+        // The thread only ends with this handle; if it did all the same, there is nothing left to wait for.
+        let _ = done.await;
+    }
+
+    /// A command that finds the thread gone is dropped, and with it the reply, which its waiter sees.
+    fn send(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            let _ = commands.send(command);
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        drop(self.commands.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn stopped() -> Error {
+    Error::Internal {
+        message: "Failed to write to the catalogue",
+        details: "the service is stopping".to_owned(),
+        retry_after: Some(Duration::from_secs(5)),
+    }
+}
+
+struct Work {
+    db: Connection,
+    status: Arc<Status>,
+    accesses: Arc<Mutex<HashMap<i64, u64>>>,
+    /// The `data_version` last seen.
+    seen: Option<i64>,
+    /// When the WAL last got something that is not in the database yet.
+    dirty_since: Option<Instant>,
+}
+
+impl Work {
+    fn run(mut self, waiting: &mpsc::Receiver<Command>) {
+        let mut next_tick = Instant::now();
+        loop {
+            match waiting.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
+                Ok(command) => self.execute(command, waiting),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.tick();
+                    next_tick = Instant::now() + TICK;
+                }
+                Err(RecvTimeoutError::Disconnected) => return self.write_out(),
+            }
+        }
+    }
+
+    /// Executes a command together with all that came in meanwhile.
+    fn execute(&mut self, first: Command, waiting: &mpsc::Receiver<Command>) {
+        let mut records = Vec::new();
+        let mut checkpoints = Vec::new();
+        for command in std::iter::once(first).chain(waiting.try_iter()).take(BATCH) {
+            match command {
+                Command::Record(record, reply) => records.push((record, reply)),
+                Command::Checkpoint(reply) => checkpoints.push(reply),
+            }
+        }
+        if !records.is_empty() {
+            let outcome = self.record(records.iter().map(|(record, _)| &**record));
+            self.note(outcome.as_ref().err());
+            let mut outcome = outcome.map(Vec::into_iter).map_err(|cause| {
+                tracing::error!(error = %cause, records = records.len(), "catalogue write failed");
+                sqlite::error("Failed to write to the catalogue", &cause)
+            });
+            for (_, reply) in records {
+                let answer = match &mut outcome {
+                    Ok(artifacts) => artifacts.next().ok_or_else(stopped),
+                    Err(error) => Err(error.clone()),
+                };
+                // The download may have been given up meanwhile; the record stands all the same.
+                let _ = reply.send(answer);
+            }
+        }
+        if !checkpoints.is_empty() {
+            self.write_out();
+            for reply in checkpoints {
+                // Whoever asked may have given up waiting.
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Artifact>> {
+        let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let artifacts = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
+        tx.commit()?;
+        Ok(artifacts)
+    }
+
+    fn tick(&mut self) {
+        self.write_accesses();
+        match sqlite::data_version(&self.db) {
+            Ok(now) => {
+                if self.seen.replace(now).is_some_and(|before| before != now) {
+                    self.status.generation.fetch_add(1, Ordering::Release);
+                }
+            }
+            Err(cause) => tracing::warn!(error = %cause, "catalogue can't be read"),
+        }
+        if self.dirty_since.is_some_and(|since| since.elapsed() >= Duration::from_secs(1)) {
+            self.checkpoint();
+        }
+    }
+
+    fn write_accesses(&mut self) {
+        let counted = std::mem::take(&mut *self.accesses.lock().unwrap_or_else(PoisonError::into_inner));
+        if counted.is_empty() {
+            return;
+        }
+        let written = (|| {
+            let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+            sqlite::add_accesses(&tx, counted.iter().map(|(&id, &count)| (id, count)))?;
+            tx.commit()
+        })();
+        self.note(written.as_ref().err());
+        if let Err(cause) = written {
+            tracing::warn!(error = %cause, "access counts not written, will be tried again");
+            let mut accesses = self.accesses.lock().unwrap_or_else(PoisonError::into_inner);
+            counted.into_iter().for_each(|(id, count)| *accesses.entry(id).or_default() += count);
+        }
+    }
+
+    /// Keeps in mind what a write came to.
+    fn note(&mut self, failure: Option<&rusqlite::Error>) {
+        match failure {
+            None => {
+                self.dirty_since = Some(Instant::now());
+                self.status.read_only.store(false, Ordering::Relaxed);
+            }
+            Some(cause) if sqlite::is_unwritable(cause) => {
+                self.status.read_only.store(true, Ordering::Relaxed)
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn checkpoint(&mut self) {
+        match sqlite::checkpoint(&self.db) {
+            Ok(()) => self.dirty_since = None,
+            Err(cause) => tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again"),
+        }
+    }
+
+    fn write_out(&mut self) {
+        self.write_accesses();
+        self.checkpoint();
+    }
+}

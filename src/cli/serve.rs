@@ -1,0 +1,139 @@
+//! `artifact-cache serve`: from the configuration to a running service, and to its clean end.
+
+use std::{
+    error::Error,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    blobs::Blobs,
+    cache::Cache,
+    catalog::Catalog,
+    config::Config,
+    server::{self, App, Role},
+    telemetry::{self, Metrics},
+    upstream::Upstream,
+};
+
+/// Read when it is there and no other file is named.
+const DEFAULT_CONFIG: &str = "config.yaml";
+/// How long the ends of abandoned downloads may keep the process.
+const RUNTIME_GRACE: Duration = Duration::from_secs(2);
+
+/// Serves until SIGTERM or SIGINT.
+pub(super) fn serve(config: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
+    let default = Path::new(DEFAULT_CONFIG);
+    let file = config.or_else(|| default.exists().then(|| default.to_owned()));
+    // Variables that are not UTF-8 can't be ours.
+    let env = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let config = Config::load(file.as_deref(), env)?;
+    let log = telemetry::init(&config.logging)?;
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let metrics = Metrics::new(log.dropped_lines());
+    let served = runtime.block_on(run(config, file.as_deref(), metrics));
+    runtime.shutdown_timeout(RUNTIME_GRACE);
+    served
+}
+
+async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Result<(), Box<dyn Error>> {
+    // Signals are caught from here on, so that one that comes early still ends things properly.
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let listeners = bind(&config).await?;
+    let blobs = Blobs::open(&config.storage)?;
+    let readers = std::thread::available_parallelism().map_or(2, usize::from);
+    let catalog = Catalog::open(&config.storage.database, readers)?;
+    let upstream = Upstream::new(&config.upstream)?;
+    announce(&config, file, &listeners);
+    let cache = Cache::new(&config, catalog, blobs, upstream, metrics.clone());
+    let app = App::new(cache.clone(), metrics, config);
+    let shutdown = CancellationToken::new();
+    let serving = tokio::spawn(server::serve(app, listeners, shutdown.clone()));
+    let signalled = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!(signal = signalled, "stopping");
+    shutdown.cancel();
+    // First thing, because the grace time may be cut short from outside.
+    cache.checkpoint().await;
+    tokio::select! {
+        ended = serving => ended?,
+        _ = terminate.recv() => tracing::warn!("stopping at once"),
+        _ = interrupt.recv() => tracing::warn!("stopping at once"),
+    }
+    cache.checkpoint().await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn bind(config: &Config) -> Result<Vec<(TcpListener, Role)>, Box<dyn Error>> {
+    let server = &config.server;
+    let api = SocketAddr::new(server.host, server.port);
+    let mut listeners = vec![(listen(api, "server.port").await?, Role::Api)];
+    if server.metrics_port != 0 {
+        let metrics = SocketAddr::new(server.host, server.metrics_port);
+        match listen(metrics, "server.metrics_port").await {
+            Ok(listener) => listeners.push((listener, Role::Metrics)),
+            Err(error) if config.metrics_port_given => return Err(error),
+            Err(error) => {
+                tracing::warn!(error = %error, "no separate metrics port; /metrics is on the API port too");
+            }
+        }
+    }
+    Ok(listeners)
+}
+
+async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener, Box<dyn Error>> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|cause| format!("can't listen on {address} ({key}): {cause}").into())
+}
+
+fn announce(config: &Config, file: Option<&Path>, listeners: &[(TcpListener, Role)]) {
+    if config.upstream.proxy.is_some() {
+        tracing::warn!(
+            "upstream.proxy resolves host names itself: internal networks are only refused by name here"
+        );
+    }
+    let ignored = ["http_proxy", "https_proxy", "all_proxy"].into_iter().filter(|name| {
+        [name.to_string(), name.to_uppercase()].iter().any(|name| std::env::var_os(name).is_some())
+    });
+    for name in ignored {
+        tracing::warn!(variable = name, "ignored; set upstream.proxy to go through a proxy");
+    }
+    let address = |role| {
+        let listener = listeners.iter().find(|(_, of)| *of == role);
+        listener.and_then(|(listener, _)| listener.local_addr().ok()).map(|address| address.to_string())
+    };
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        config = %file.map_or("built-in defaults".into(), |file| file.display().to_string()),
+        base_path = %config.storage.base_path.display(),
+        database = %config.storage.database.display(),
+        api = address(Role::Api),
+        metrics = address(Role::Metrics),
+        "listening"
+    );
+}
+
+/// Every connection and every open artifact needs a descriptor; the soft limit of 1,024 is for programs that use
+/// select(2).
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(cause) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(error = %cause, "can't raise the limit on open files");
+    }
+}

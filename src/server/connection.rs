@@ -1,0 +1,293 @@
+//! Accepting connections, and how long each may take for what.
+//!
+//! A connection is either waiting for its next request (*idle*), in the middle of a request's head, or being answered.
+//! Each has its own limit. Instead of a timer per event, a connection notes when it changed, which costs an atomic store,
+//! and one task looks at all of them a few times a second. The same notes say which has idled longest when a new client
+//! finds every place taken.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use http::Version;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+};
+
+use crate::config::Server;
+
+/// All connections.
+#[derive(Debug)]
+pub(super) struct Registry {
+    connections: Mutex<HashMap<u64, Arc<Connection>>>,
+    places: Arc<Semaphore>,
+    started: Instant,
+    next: AtomicU64,
+    header_timeout: Duration,
+    keepalive_timeout: Duration,
+    write_idle_timeout: Duration,
+}
+
+/// What is known of a connection; times are milliseconds since the registry began, 0 meaning "not".
+#[derive(Debug)]
+pub(super) struct Connection {
+    peer: SocketAddr,
+    started: Instant,
+    /// When it last began to wait for a request.
+    idle_since: AtomicU64,
+    /// When the first byte of the head came that is not complete yet.
+    head_since: AtomicU64,
+    /// Since when the client has taken nothing of what is waiting to be written.
+    stuck_since: AtomicU64,
+    /// Requests being answered.
+    requests: AtomicU32,
+    is_http2: AtomicBool,
+    /// Close with a reset, so that the client can't take a broken body for a complete one.
+    reset: AtomicBool,
+    close: Notify,
+}
+
+/// Marks one request as being answered until it is dropped.
+#[derive(Debug)]
+pub(super) struct Busy(Arc<Connection>);
+
+impl Registry {
+    pub(super) fn new(config: &Server) -> Arc<Registry> {
+        Arc::new(Registry {
+            connections: Mutex::default(),
+            places: Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS))),
+            started: Instant::now(),
+            next: AtomicU64::new(0),
+            header_timeout: config.header_timeout,
+            keepalive_timeout: config.keepalive_timeout,
+            write_idle_timeout: config.write_idle_timeout,
+        })
+    }
+
+    /// The next connection, when there is a place for it: if need be that of the one that has idled longest.
+    pub(super) async fn accept(
+        self: &Arc<Self>,
+        listener: &TcpListener,
+    ) -> io::Result<(Socket, Arc<Connection>)> {
+        let (stream, peer) = listener.accept().await?;
+        let place = loop {
+            if let Ok(place) = self.places.clone().try_acquire_owned() {
+                break place;
+            }
+            self.close_idlest();
+            // When all are being answered, wait until one ends or becomes idle.
+            let freed = tokio::time::timeout(Duration::from_millis(100), self.places.clone().acquire_owned());
+            if let Ok(Ok(place)) = freed.await {
+                break place;
+            }
+        };
+        // Answers are written whole; waiting to fill a packet would only delay their ends.
+        stream.set_nodelay(true)?;
+        let connection = Arc::new(Connection {
+            peer,
+            started: self.started,
+            idle_since: AtomicU64::new(0),
+            head_since: AtomicU64::new(0),
+            stuck_since: AtomicU64::new(0),
+            requests: AtomicU32::new(0),
+            is_http2: AtomicBool::new(false),
+            reset: AtomicBool::new(false),
+            close: Notify::new(),
+        });
+        // From the start a head is due.
+        connection.mark(&connection.head_since);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.connections().insert(id, connection.clone());
+        let socket =
+            Socket { stream, connection: connection.clone(), registry: self.clone(), id, _place: place };
+        Ok((socket, connection))
+    }
+
+    /// Closes what has taken too long, for as long as it is polled.
+    pub(super) async fn reap(self: Arc<Self>) {
+        let shortest = self.header_timeout.min(self.keepalive_timeout).min(self.write_idle_timeout);
+        let mut ticks =
+            tokio::time::interval((shortest / 8).clamp(Duration::from_millis(20), Duration::from_secs(1)));
+        loop {
+            ticks.tick().await;
+            let now = self.started.elapsed();
+            for connection in self.connections().values() {
+                let is_over = |since: &AtomicU64, limit: Duration| match since.load(Ordering::Relaxed) {
+                    0 => false,
+                    since => now.saturating_sub(Duration::from_millis(since)) >= limit,
+                };
+                if is_over(&connection.head_since, self.header_timeout)
+                    || is_over(&connection.idle_since, self.keepalive_timeout)
+                {
+                    connection.close.notify_one();
+                }
+                if is_over(&connection.stuck_since, self.write_idle_timeout) {
+                    // It reads nothing, so it would not see a proper end either.
+                    connection.reset();
+                    connection.close.notify_one();
+                }
+            }
+        }
+    }
+
+    /// Breaks off every connection.
+    pub(super) fn close_all(&self) {
+        for connection in self.connections().values() {
+            connection.reset();
+            connection.close.notify_one();
+        }
+    }
+
+    fn close_idlest(&self) {
+        let connections = self.connections();
+        let waiting_since = |connection: &&Arc<Connection>| {
+            let of = |since: &AtomicU64| Some(since.load(Ordering::Relaxed)).filter(|&since| since != 0);
+            of(&connection.idle_since).or(of(&connection.head_since))
+        };
+        let idlest = connections.values().filter(|connection| waiting_since(connection).is_some());
+        if let Some(connection) = idlest.min_by_key(waiting_since) {
+            connection.close.notify_one();
+        }
+    }
+
+    fn connections(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Connection {
+    /// The other end.
+    pub(super) fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// A request's head is complete.
+    pub(super) fn begin_request(self: &Arc<Self>, version: Version) -> Busy {
+        if version == Version::HTTP_2 {
+            self.is_http2.store(true, Ordering::Relaxed);
+        }
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.idle_since.store(0, Ordering::Relaxed);
+        self.head_since.store(0, Ordering::Relaxed);
+        Busy(self.clone())
+    }
+
+    /// Breaks the connection off with a reset as soon as it closes. Not for HTTP/2, where only the stream is reset.
+    pub(super) fn reset(&self) {
+        if !self.is_http2.load(Ordering::Relaxed) {
+            self.reset.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Completes when the connection has to be dropped.
+    pub(super) async fn closed(&self) {
+        self.close.notified().await;
+    }
+
+    fn mark(&self, since: &AtomicU64) {
+        since.store(self.started.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
+    }
+
+    fn has_read(&self) {
+        if self.idle_since.load(Ordering::Relaxed) != 0 && !self.is_http2.load(Ordering::Relaxed) {
+            self.idle_since.store(0, Ordering::Relaxed);
+            self.mark(&self.head_since);
+        }
+    }
+
+    fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
+        match (written.is_pending(), self.stuck_since.load(Ordering::Relaxed)) {
+            (true, 0) => self.mark(&self.stuck_since),
+            (false, since) if since != 0 => self.stuck_since.store(0, Ordering::Relaxed),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        if self.0.requests.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.mark(&self.0.idle_since);
+        }
+    }
+}
+
+/// A connection's stream, which keeps the notes.
+#[derive(Debug)]
+pub(super) struct Socket {
+    stream: TcpStream,
+    connection: Arc<Connection>,
+    registry: Arc<Registry>,
+    id: u64,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.registry.connections().remove(&self.id);
+        if self.connection.reset.load(Ordering::Relaxed) {
+            // Closing then sends RST instead of FIN. If that fails, the connection is gone anyway.
+            let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.connection.has_read();
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.connection.has_written(&written);
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.connection.has_written(&written);
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.connection.reset.load(Ordering::Relaxed) {
+            // A FIN would make the broken body look like a short one.
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,205 @@
+//! HTTP: the only place that knows status codes, headers and JSON.
+//!
+//! `serve` takes bound listeners and a shutdown token, so that what runs in production is what is tested.
+
+mod answer;
+mod body;
+mod conditions;
+mod connection;
+mod error;
+mod exchange;
+mod fetch;
+mod params;
+mod system;
+
+use std::{
+    convert::Infallible, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll,
+    time::Duration,
+};
+
+use http::{Method, Request, Response};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use tokio::net::TcpListener;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{cache::Cache, config::Config, telemetry::Metrics};
+use body::ResponseBody;
+use connection::{Connection, Registry, Socket};
+use error::Refusal;
+
+/// RFC 9110 asks for at least 8,000 bytes; a `url` parameter of 8 KiB may be percent-encoded threefold.
+const MAX_REQUEST_LINE_BYTES: usize = 32 * 1024;
+/// Of a request's head.
+const MAX_HEAD_BYTES: usize = 64 * 1024;
+const MAX_HEADERS: usize = 100;
+/// HTTP/2 streams of one connection.
+const MAX_STREAMS: u32 = 128;
+
+/// Everything that answers need.
+#[derive(Debug)]
+pub struct App {
+    cache: Arc<Cache>,
+    metrics: Arc<Metrics>,
+    config: Config,
+    health: system::HealthCheck,
+}
+
+/// What a listener is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Everything.
+    Api,
+    /// Everything but `/fetch`.
+    Metrics,
+}
+
+impl App {
+    /// Puts the parts together.
+    pub fn new(cache: Arc<Cache>, metrics: Arc<Metrics>, config: Config) -> Arc<App> {
+        Arc::new(App { cache, metrics, config, health: system::HealthCheck::default() })
+    }
+}
+
+/// Serves until `shutdown` is cancelled, then finishes what ends within `server.shutdown_grace_seconds` and breaks off
+/// the rest.
+pub async fn serve(app: Arc<App>, listeners: Vec<(TcpListener, Role)>, shutdown: CancellationToken) {
+    let registry = Registry::new(&app.config.server);
+    let tasks = TaskTracker::new();
+    for (listener, role) in listeners {
+        tasks.spawn(accept(app.clone(), registry.clone(), listener, role, shutdown.clone(), tasks.clone()));
+    }
+    let reaper = tokio::spawn(registry.clone().reap());
+    shutdown.cancelled().await;
+    tasks.close();
+    if tokio::time::timeout(app.config.server.shutdown_grace, tasks.wait()).await.is_err() {
+        registry.close_all();
+        // They only have to notice.
+        let _ = tokio::time::timeout(Duration::from_secs(1), tasks.wait()).await;
+    }
+    reaper.abort();
+}
+
+async fn accept(
+    app: Arc<App>,
+    registry: Arc<Registry>,
+    listener: TcpListener,
+    role: Role,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = registry.accept(&listener) => accepted,
+            () = shutdown.cancelled() => return,
+        };
+        match accepted {
+            Ok((socket, connection)) => {
+                tasks.spawn(converse(app.clone(), role, socket, connection, shutdown.clone()));
+            }
+            Err(cause) => {
+                // Out of descriptors, most likely: give those in use time to come back.
+                tracing::warn!(error = %cause, "can't accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+/// Answers one connection's requests, until it or the service ends.
+async fn converse(
+    app: Arc<App>,
+    role: Role,
+    socket: Socket,
+    connection: Arc<Connection>,
+    shutdown: CancellationToken,
+) {
+    let mut protocols = auto::Builder::new(TokioExecutor::new());
+    protocols
+        .http1()
+        .timer(TokioTimer::new())
+        // The registry keeps the time: hyper's own time-out would also end an idle connection.
+        .header_read_timeout(None)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .pipeline_flush(true);
+    protocols
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEAD_BYTES as u32)
+        .max_send_buf_size(MAX_HEAD_BYTES)
+        .keep_alive_interval(Duration::from_secs(30));
+    let service = service_fn(|request| {
+        let (app, connection) = (app.clone(), connection.clone());
+        async move { Ok::<_, Infallible>(answer_or_panic(app, role, connection, request).await) }
+    });
+    let mut conversation = pin!(protocols.serve_connection(TokioIo::new(socket), service));
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            // What goes wrong here is the client's; what it was answered is in the log already.
+            _ = conversation.as_mut() => return,
+            () = connection.closed() => return,
+            () = shutdown.cancelled(), if !draining => {
+                draining = true;
+                conversation.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// A panic costs one request a 500, and nobody else anything.
+async fn answer_or_panic(
+    app: Arc<App>,
+    role: Role,
+    connection: Arc<Connection>,
+    request: Request<Incoming>,
+) -> Response<ResponseBody> {
+    let busy = connection.begin_request(request.version());
+    let mut answering = pin!(route(&app, role, &connection, request));
+    let answer = std::future::poll_fn(|cx| {
+        // Nothing that a panic can leave half-done is used again: the future is dropped.
+        match std::panic::catch_unwind(AssertUnwindSafe(|| answering.as_mut().poll(cx))) {
+            Ok(poll) => poll,
+            Err(_) => Poll::Ready(Err(Refusal::panicked())),
+        }
+    })
+    .await;
+    let mut response = answer.unwrap_or_else(|refusal| {
+        if refusal.is_panic() {
+            app.metrics.panics.inc();
+            tracing::error!("panic");
+        }
+        refusal.into_response(false)
+    });
+    response.body_mut().hold(busy);
+    response
+}
+
+/// All routes.
+async fn route(
+    app: &Arc<App>,
+    role: Role,
+    connection: &Arc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Refusal> {
+    let path = request.uri().path();
+    let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    if request.uri().path_and_query().is_some_and(|target| target.as_str().len() > MAX_REQUEST_LINE_BYTES) {
+        return Err(Refusal::UriTooLong);
+    }
+    match path {
+        _ if role == Role::Api && (path == "/fetch" || path.starts_with("/fetch/")) => {
+            Ok(fetch::fetch(app, connection, request).await)
+        }
+        "/health" | "/api/stats" | "/metrics" if !is_read => Err(Refusal::MethodNotAllowed),
+        "/health" => Ok(system::health(app).await),
+        "/api/stats" => system::stats(app),
+        "/metrics" => Ok(system::metrics(app)),
+        _ => Err(Refusal::NotFound),
+    }
+}

@@ -1,0 +1,89 @@
+//! What operators ask: `/health`, `/api/stats`, `/metrics`.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use http::{HeaderValue, Response, StatusCode, header};
+use serde_json::{Value, json};
+
+use super::{App, body::ResponseBody, error::Refusal};
+use crate::cache::Health;
+
+/// How long a verdict stands: monitors must not be able to load the disk.
+const HEALTH_STANDS_FOR: Duration = Duration::from_secs(5);
+
+/// The last verdict.
+#[derive(Debug, Default)]
+pub(super) struct HealthCheck(Mutex<Option<(Instant, Health)>>);
+
+impl HealthCheck {
+    async fn verdict(&self, app: &Arc<App>) -> Health {
+        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((when, health)) = last
+            && when.elapsed() < HEALTH_STANDS_FOR
+        {
+            return health;
+        }
+        let cache = app.cache.clone();
+        // A disk that hangs must hang this check only. If it panics, nothing can be said for the service.
+        let health = tokio::task::spawn_blocking(move || cache.check_health()).await;
+        let health = health.unwrap_or(Health { hits: false, disk: false, database: false });
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), health));
+        health
+    }
+}
+
+pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
+    let Health { hits, disk, database } = app.health.verdict(app).await;
+    // Uptime Kuma looks for the word "healthy", so the other two must not contain it.
+    let (status, word) = match (hits, disk && database) {
+        (true, true) => (StatusCode::OK, "healthy"),
+        (true, false) => (StatusCode::OK, "degraded"),
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "failing"),
+    };
+    let now = jiff::Timestamp::now();
+    let mut answer = json!({ "status": word, "timestamp": format!("{now:.0}") });
+    if word != "healthy" {
+        let say = |works: bool, problem: &str| Value::from(if works { "ok" } else { problem });
+        answer["checks"] = json!({
+            "storage": say(hits, "the store or the database can't be read"),
+            "disk": say(disk, "less than storage.min_free_bytes is free; new artifacts are refused"),
+            "database": say(database, "the database can't be written; new artifacts are refused"),
+        });
+    }
+    json_response(status, &answer)
+}
+
+pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {
+    let totals = app.cache.totals()?;
+    let answer = json!({
+        "total_items": totals.items,
+        "total_size_bytes": totals.size_bytes,
+        "total_accesses": totals.accesses,
+        "unique_blobs": totals.blobs,
+        "stored_bytes": totals.stored_bytes,
+        "hit_ratio": app.metrics.hit_ratio(),
+        "free_bytes": app.cache.sample().free_bytes,
+    });
+    Ok(json_response(StatusCode::OK, &answer))
+}
+
+pub(super) fn metrics(app: &Arc<App>) -> Response<ResponseBody> {
+    let text = app.metrics.encode(app.cache.sample());
+    respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+}
+
+fn json_response(status: StatusCode, answer: &Value) -> Response<ResponseBody> {
+    respond(status, "application/json", format!("{answer}\n"))
+}
+
+fn respond(status: StatusCode, content_type: &'static str, text: String) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::full(text));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}

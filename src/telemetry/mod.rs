@@ -1,0 +1,7 @@
+//! What the service says of itself: log lines (`log`) and metrics (`metrics`). Both are declared here and nowhere else.
+
+pub mod log;
+pub mod metrics;
+
+pub use log::{LogGuard, init};
+pub use metrics::Metrics;
