@@ -24,7 +24,7 @@ use std::{
 use tokio::sync::Semaphore;
 
 use crate::{artifact::Digest, config::Storage, error::Error};
-pub use read::{BufferPool, Reader};
+pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
 
 /// Growing files, beside the blobs because a rename needs one file system.
@@ -261,6 +261,11 @@ impl Blobs {
     /// Bytes that an ordinary user can still write on the storage's file system.
     pub fn free_bytes(&self) -> io::Result<u64> {
         spool::free_bytes(&self.base)
+    }
+
+    /// Fails when no download can be kept, before its upstream has to be asked.
+    pub fn check_room(&self) -> Result<(), Error> {
+        if self.is_nearly_full() { Err(Error::disk_full()) } else { Ok(()) }
     }
 
     /// No new download can be kept: less than `storage.min_free_bytes` is left.

@@ -21,7 +21,12 @@ use tokio::task::JoinHandle;
 /// Sizes of buffers, largest first, each with the bytes that may be in use in total before a smaller one is taken. A
 /// client that reads slowly keeps its buffer, so the last kind must be small: it has no limit but the number of
 /// connections.
-const CLASSES: [(usize, usize); 3] = [(512 << 10, 12 << 20), (64 << 10, 20 << 20), (16 << 10, usize::MAX)];
+const CLASSES: [(usize, usize); 3] = [(256 << 10, 12 << 20), (64 << 10, 20 << 20), (16 << 10, usize::MAX)];
+/// Shorter pieces are cheaper to copy.
+const REFER_FROM: u64 = 8 << 10;
+/// The longest part of a file that is given out at once.
+const REFER_BYTES: u64 = 512 << 10;
+const PROBE_EVERY: usize = 128 << 10;
 /// Bytes of unused buffers kept for the next read.
 const KEEP_BYTES: usize = 12 << 20;
 
@@ -92,20 +97,61 @@ impl Drop for Filled {
     }
 }
 
+/// A piece of a file.
+#[derive(Debug)]
+pub enum Chunk {
+    /// Its bytes.
+    Bytes(Bytes),
+    /// Where they are; the page cache has them.
+    Cached(FileRange),
+}
+
+/// Part of an open file, at least one byte.
+#[derive(Debug, Clone)]
+pub struct FileRange {
+    /// The file.
+    pub file: Arc<File>,
+    /// Where the part begins.
+    pub offset: u64,
+    /// How many bytes it has.
+    pub length: u64,
+}
+
+/// What a [`Reader`] may give out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Bytes only.
+    Copy,
+    /// Also [`Chunk::Cached`], for who can send a part of a file without reading it.
+    Refer,
+}
+
+impl Chunk {
+    /// How many bytes it has, at least one.
+    #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
+    pub fn len(&self) -> u64 {
+        match self {
+            Chunk::Bytes(bytes) => bytes.len() as u64,
+            Chunk::Cached(range) => range.length,
+        }
+    }
+}
+
 /// Reads a file from an offset on, in chunks.
 #[derive(Debug)]
 pub struct Reader {
     file: Arc<File>,
     offset: u64,
     pool: BufferPool,
+    mode: Mode,
     /// A read that had to wait for the disk.
     pending: Option<JoinHandle<io::Result<Bytes>>>,
 }
 
 impl Reader {
     /// Begins at `offset`.
-    pub fn new(file: Arc<File>, offset: u64, pool: BufferPool) -> Reader {
-        Reader { file, offset, pool, pending: None }
+    pub fn new(file: Arc<File>, offset: u64, pool: BufferPool, mode: Mode) -> Reader {
+        Reader { file, offset, pool, mode, pending: None }
     }
 
     /// Where the next chunk begins.
@@ -117,9 +163,15 @@ impl Reader {
     ///
     /// # Errors
     /// What the disk says; `UnexpectedEof` when the file is shorter than `end` promised.
-    pub fn poll_read(&mut self, cx: &mut Context<'_>, end: u64) -> Poll<io::Result<Bytes>> {
+    pub fn poll_read(&mut self, cx: &mut Context<'_>, end: u64) -> Poll<io::Result<Chunk>> {
         if self.pending.is_none() {
             let wanted = end.saturating_sub(self.offset);
+            let refer = wanted.min(REFER_BYTES);
+            if self.mode == Mode::Refer && wanted >= REFER_FROM && is_cached(&self.file, self.offset, refer) {
+                let range = FileRange { file: self.file.clone(), offset: self.offset, length: refer };
+                self.offset += refer;
+                return Poll::Ready(Ok(Chunk::Cached(range)));
+            }
             match read_cached(&self.file, self.offset, self.pool.take(wanted), wanted) {
                 Ok(bytes) => return Poll::Ready(self.advance(Ok(bytes))),
                 Err(buffer) => {
@@ -137,20 +189,31 @@ impl Reader {
     }
 
     /// [`Reader::poll_read`] as a future.
-    pub async fn read(&mut self, end: u64) -> io::Result<Bytes> {
+    pub async fn read(&mut self, end: u64) -> io::Result<Chunk> {
         std::future::poll_fn(|cx| self.poll_read(cx, end)).await
     }
 
-    fn advance(&mut self, read: io::Result<Bytes>) -> io::Result<Bytes> {
+    fn advance(&mut self, read: io::Result<Bytes>) -> io::Result<Chunk> {
         match read {
             Ok(bytes) if bytes.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(bytes) => {
                 self.offset += bytes.len() as u64;
-                Ok(bytes)
+                Ok(Chunk::Bytes(bytes))
             }
             Err(cause) => Err(cause),
         }
     }
+}
+
+/// Whether the page cache has these bytes, as far as a byte in every so many can tell: the kernel reads ahead in larger
+/// steps. If it is wrong, somebody waits once.
+fn is_cached(file: &File, offset: u64, length: u64) -> bool {
+    let probe = |at: u64| {
+        let mut byte = [0];
+        let space = &mut [IoSliceMut::new(&mut byte)];
+        matches!(rustix::io::preadv2(file, space, at, ReadWriteFlags::NOWAIT), Ok(1))
+    };
+    (offset..offset + length).step_by(PROBE_EVERY).all(probe) && probe(offset + length - 1)
 }
 
 /// What the page cache has at once; gives the buffer back when that is nothing, or the file system can't tell.

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     artifact::Digest,
-    blobs::{Reader, SpoolFile},
+    blobs::{Chunk, Mode, Reader, SpoolFile},
     error::Error,
 };
 
@@ -45,6 +45,7 @@ pub struct Body {
 }
 
 enum Source {
+    Small(Bytes),
     Whole(Reader),
     Growing(ReusableBoxFuture<'static, (Follower, Next)>),
     /// A growing body that has ended or broken.
@@ -59,13 +60,19 @@ impl std::fmt::Debug for Body {
 
 impl Content {
     /// The bytes in `range`, or all of them. A range must lie inside the artifact.
-    pub fn into_body(self, cache: &Arc<Cache>, range: Option<Range<u64>>) -> Body {
+    pub fn into_body(self, cache: &Arc<Cache>, range: Option<Range<u64>>, mode: Mode) -> Body {
         let start = range.as_ref().map_or(0, |range| range.start);
         match self {
             Content::Whole(stored) => {
-                let reader = Reader::new(stored.file.clone(), start, cache.blobs.buffers().clone());
-                let end = Some(range.map_or(stored.version.size, |range| range.end));
-                Body { source: Source::Whole(reader), offset: start, end, stored: Some(stored) }
+                let end = range.map_or(stored.version.size, |range| range.end);
+                let source = match stored.small() {
+                    Some(bytes) => Source::Small(bytes.slice(start as usize..end as usize)),
+                    None => {
+                        let buffers = cache.blobs.buffers().clone();
+                        Source::Whole(Reader::new(stored.file.clone(), start, buffers, mode))
+                    }
+                };
+                Body { source, offset: start, end: Some(end), stored: Some(stored) }
             }
             Content::Growing(Growing { head, flight, lineage, expected }) => {
                 let end = range.map(|range| range.end).or(head.length);
@@ -79,6 +86,7 @@ impl Content {
                     offset: start,
                     given: false,
                     expected,
+                    mode,
                     following: None,
                     reader: None,
                 };
@@ -91,12 +99,14 @@ impl Content {
 
 impl Body {
     /// The next piece; `None` after the last.
-    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Broken>>> {
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Chunk, Broken>>> {
         let next = match &mut self.source {
             Source::Finished => Next::End(None),
+            Source::Small(bytes) if bytes.is_empty() => Next::End(None),
+            Source::Small(bytes) => Next::Chunk(Chunk::Bytes(std::mem::take(bytes)), None),
             Source::Whole(reader) => match self.end {
                 Some(end) if reader.offset() < end => match ready!(reader.poll_read(cx, end)) {
-                    Ok(bytes) => Next::Bytes(bytes),
+                    Ok(chunk) => Next::Chunk(chunk, None),
                     Err(cause) => {
                         let error = Error::io("Failed to read cache storage", &cause);
                         Next::Broken(Broken(error))
@@ -107,16 +117,18 @@ impl Body {
             Source::Growing(future) => {
                 let (follower, next) = ready!(future.poll(cx));
                 match next {
-                    Next::Bytes(_) => future.set(follower.next()),
+                    Next::Chunk(..) => future.set(follower.next()),
                     _ => self.source = Source::Finished,
                 }
                 next
             }
         };
         Poll::Ready(match next {
-            Next::Bytes(bytes) => {
-                self.offset += bytes.len() as u64;
-                Some(Ok(bytes))
+            Next::Chunk(chunk, stored) => {
+                self.offset += chunk.len();
+                // Noted with the bytes already: whoever knows the length never asks for the end.
+                self.stored = stored.or(self.stored.take());
+                Some(Ok(chunk))
             }
             Next::End(stored) => {
                 self.stored = stored.or(self.stored.take());
@@ -144,7 +156,8 @@ impl Body {
 }
 
 enum Next {
-    Bytes(Bytes),
+    /// The next bytes; of this artifact, once that is stored.
+    Chunk(Chunk, Option<Arc<Stored>>),
     /// All was given out, of this artifact.
     End(Option<Arc<Stored>>),
     Broken(Broken),
@@ -165,6 +178,7 @@ struct Follower {
     /// This client has got bytes.
     given: bool,
     expected: Option<Digest>,
+    mode: Mode,
     /// The spool that is followed, and how far it is written.
     following: Option<(Arc<SpoolFile>, watch::Receiver<u64>)>,
     reader: Option<Reader>,
@@ -183,7 +197,7 @@ impl Follower {
         loop {
             match self.look() {
                 Step::Read(upto) => {
-                    let next = self.read(upto).await;
+                    let next = self.read(upto, None).await;
                     return (self, next);
                 }
                 Step::Take(stored) => {
@@ -192,8 +206,8 @@ impl Follower {
                         return (self, Next::End(Some(stored)));
                     }
                     let buffers = self.cache.blobs.buffers().clone();
-                    self.reader = Some(Reader::new(stored.file.clone(), self.offset, buffers));
-                    let next = self.read(end).await;
+                    self.reader = Some(Reader::new(stored.file.clone(), self.offset, buffers, self.mode));
+                    let next = self.read(end, Some(stored)).await;
                     return (self, next);
                 }
                 Step::Break(error) => return (self, Next::Broken(Broken(error))),
@@ -241,7 +255,8 @@ impl Follower {
                     Some((following, watermark)) if Arc::ptr_eq(following, spool) => watermark,
                     other => {
                         let buffers = self.cache.blobs.buffers().clone();
-                        self.reader = Some(Reader::new(spool.file().clone(), self.offset, buffers));
+                        self.reader =
+                            Some(Reader::new(spool.file().clone(), self.offset, buffers, self.mode));
                         &mut other.insert((spool.clone(), spool.watermark())).1
                     }
                 };
@@ -258,13 +273,13 @@ impl Follower {
         }
     }
 
-    async fn read(&mut self, upto: u64) -> Next {
+    async fn read(&mut self, upto: u64, stored: Option<Arc<Stored>>) -> Next {
         let Some(reader) = &mut self.reader else { return Next::Broken(Broken(changed(&self.flight))) };
         match reader.read(upto).await {
-            Ok(bytes) => {
-                self.offset += bytes.len() as u64;
+            Ok(chunk) => {
+                self.offset += chunk.len();
                 self.given = true;
-                Next::Bytes(bytes)
+                Next::Chunk(chunk, stored)
             }
             Err(cause) => Next::Broken(Broken(Error::io("Failed to read cache storage", &cause))),
         }

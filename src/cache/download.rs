@@ -117,6 +117,7 @@ impl<'a> Download<'a> {
 
     async fn run(&mut self) -> Result<Stage, Error> {
         let _place = self.cache.inflight.place().await?;
+        self.cache.blobs.check_room()?;
         self.progress = Instant::now();
         let (mut failures, mut counted, mut paused) = (0, 0, Duration::ZERO);
         loop {

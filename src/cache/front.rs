@@ -5,19 +5,22 @@
 
 use std::{
     fs::File,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileExt, MetadataExt},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use bytes::Bytes;
 use quick_cache::sync::Cache;
 
 use crate::{artifact::Version, catalog::Artifact};
 
 /// Open files kept; also bounded by a share of the process's limit.
 const MAX_OPEN: usize = 8192;
+/// Artifacts up to this size are kept in memory, which is half the work of reading them; 32 MiB at the most.
+const SMALL_BYTES: u64 = 4096;
 
 /// An artifact whose file is open.
 #[derive(Debug)]
@@ -28,6 +31,7 @@ pub struct Stored {
     pub version: Version,
     /// Its bytes, and nothing but them.
     pub file: Arc<File>,
+    small: OnceLock<Bytes>,
     /// Whatever the answers about it have in common, kept so that a hit needn't make it again. Empty at first; this
     /// layer doesn't look into it.
     pub memo: OnceLock<http::HeaderMap>,
@@ -35,7 +39,27 @@ pub struct Stored {
 
 impl Stored {
     pub(super) fn new(artifact: Artifact, file: Arc<File>) -> Stored {
-        Stored { id: artifact.id, version: artifact.version, file, memo: OnceLock::new() }
+        Stored {
+            id: artifact.id,
+            version: artifact.version,
+            file,
+            small: OnceLock::new(),
+            memo: OnceLock::new(),
+        }
+    }
+
+    /// All bytes of a small artifact, read once and kept.
+    pub(super) fn small(&self) -> Option<&Bytes> {
+        if self.version.size > SMALL_BYTES {
+            return None;
+        }
+        if let Some(bytes) = self.small.get() {
+            return Some(bytes);
+        }
+        let mut bytes = vec![0; self.version.size as usize];
+        // Whoever reads the file as usual will meet the error again.
+        self.file.read_exact_at(&mut bytes, 0).ok()?;
+        Some(self.small.get_or_init(|| bytes.into()))
     }
 
     /// The open file is still the one in the store, and of the right length.

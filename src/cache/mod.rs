@@ -288,9 +288,12 @@ impl Cache {
         let ended = timeout_at(deadline, stage.wait_for(Stage::has_ended)).await.map(drop);
         let may_stream = joined.flight.early && want.streaming != Streaming::Never;
         let is_enough = |stage: &Stage| match stage {
-            Stage::Receiving(receiving) if may_stream => {
-                want.streaming == Streaming::Always || receiving.head.length.is_some()
-            }
+            Stage::Receiving(receiving) if may_stream => match receiving.head.length {
+                // An empty body has no tail to hold back: its head alone is a complete answer.
+                Some(0) => false,
+                Some(_) => true,
+                None => want.streaming == Streaming::Always,
+            },
             other => other.has_ended(),
         };
         if ended.is_err() {

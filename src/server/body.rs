@@ -3,12 +3,13 @@
 
 use std::{
     collections::VecDeque,
+    io::IoSlice,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http::{HeaderMap, HeaderValue};
 use http_body::{Frame, SizeHint};
 
@@ -16,15 +17,18 @@ use super::{
     answer::X_CONTENT_SHA256,
     connection::{Busy, Connection},
     exchange::Exchange,
+    sendfile::Promise,
 };
-use crate::cache::{Body, Broken, Cache};
+use crate::{
+    blobs::Chunk,
+    cache::{Body, Broken, Cache, Stored},
+};
 
 /// What hyper sends after a response's head.
 #[derive(Debug)]
 pub(super) struct ResponseBody {
     kind: Kind,
-    exchange: Option<Box<Exchange>>,
-    busy: Option<Busy>,
+    ending: Box<Ending>,
 }
 
 #[derive(Debug)]
@@ -37,11 +41,9 @@ enum Kind {
 #[derive(Debug)]
 struct Artifact {
     segments: VecDeque<Segment>,
-    cache: Arc<Cache>,
     connection: Arc<Connection>,
     /// Say the digest after the last chunk.
     trailer: bool,
-    broken: bool,
 }
 
 /// A piece of a response.
@@ -53,10 +55,50 @@ pub(super) enum Segment {
     Body(Body),
 }
 
+/// What comes of a response when its last byte is on its way, or when it has come to nothing: dropping it is the end.
+#[derive(Debug, Default)]
+pub(super) struct Ending {
+    exchange: Option<Exchange>,
+    busy: Option<Busy>,
+    served: Option<Served>,
+}
+
+/// What an artifact's response has come to.
+#[derive(Debug)]
+struct Served {
+    cache: Arc<Cache>,
+    /// Known at the latest with the last byte.
+    stored: Option<Arc<Stored>>,
+    /// Every byte was given out.
+    complete: bool,
+    broken: bool,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        match (&self.served, &mut self.exchange) {
+            (Some(Served { complete: true, cache, stored: Some(stored), .. }), _) => {
+                cache.count_access(stored)
+            }
+            (Some(Served { complete: false, broken: false, .. }), Some(exchange)) => exchange.abandoned(),
+            _ => {}
+        }
+    }
+}
+
+impl Ending {
+    /// The last byte is the socket's.
+    pub(super) fn complete(&mut self) {
+        if let Some(served) = &mut self.served {
+            served.complete = true;
+        }
+    }
+}
+
 impl ResponseBody {
     /// A small body that is all there.
     pub(super) fn full(body: impl Into<Bytes>) -> ResponseBody {
-        ResponseBody { kind: Kind::Full(body.into()), exchange: None, busy: None }
+        ResponseBody { kind: Kind::Full(body.into()), ending: Box::default() }
     }
 
     pub(super) fn empty() -> ResponseBody {
@@ -69,88 +111,148 @@ impl ResponseBody {
         segments: impl Into<VecDeque<Segment>>,
         trailer: bool,
     ) -> ResponseBody {
-        let artifact = Artifact {
-            segments: segments.into(),
-            cache: cache.clone(),
-            connection: connection.clone(),
-            trailer,
-            broken: false,
-        };
-        ResponseBody { kind: Kind::Artifact(artifact), exchange: None, busy: None }
+        let segments = segments.into();
+        let stored = segments.iter().find_map(|segment| match segment {
+            Segment::Body(body) => body.stored().cloned(),
+            Segment::Text(_) => None,
+        });
+        let served = Served { cache: cache.clone(), stored, complete: false, broken: false };
+        let ending = Box::new(Ending { exchange: None, busy: None, served: Some(served) });
+        ResponseBody {
+            kind: Kind::Artifact(Artifact { segments, connection: connection.clone(), trailer }),
+            ending,
+        }
     }
 
-    /// Ends `exchange` when this body ends.
+    /// Ends `exchange` when this response ends.
     pub(super) fn end_with(&mut self, exchange: Exchange) {
-        self.exchange = Some(Box::new(exchange));
+        self.ending.exchange = Some(exchange);
     }
 
-    /// Keeps the connection marked as busy until this body ends.
+    /// Keeps the connection marked as busy until this response ends.
     pub(super) fn hold(&mut self, busy: Busy) {
-        self.busy = Some(busy);
+        self.ending.busy = Some(busy);
     }
 }
 
 impl Artifact {
-    fn poll_segment(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<(Bytes, bool), Broken>>> {
+    /// The next piece of the response, and what is noted of it.
+    fn poll_segment(
+        &mut self,
+        cx: &mut Context<'_>,
+        served: &mut Served,
+    ) -> Poll<Option<Result<Given, Broken>>> {
         loop {
             match self.segments.front_mut() {
                 None => return Poll::Ready(None),
                 Some(Segment::Text(text)) => {
                     let text = std::mem::take(text);
                     self.segments.pop_front();
-                    return Poll::Ready(Some(Ok((text, false))));
+                    return Poll::Ready(Some(Ok(Given::Text(text))));
                 }
-                Some(Segment::Body(body)) => match ready!(body.poll_chunk(cx)) {
-                    Some(chunk) => return Poll::Ready(Some(chunk.map(|bytes| (bytes, true)))),
-                    // The last body stays, because it knows what was served.
-                    None if self.segments.len() == 1 => return Poll::Ready(None),
-                    None => drop(self.segments.pop_front()),
-                },
+                Some(Segment::Body(body)) => {
+                    let chunk = ready!(body.poll_chunk(cx));
+                    if served.stored.is_none() {
+                        served.stored = body.stored().cloned();
+                    }
+                    // hyper does not ask for the end of a body whose length it knows, so it is noticed here.
+                    if body.is_complete() {
+                        self.segments.pop_front();
+                    }
+                    if let Some(chunk) = chunk {
+                        return Poll::Ready(Some(chunk.map(Given::Artifact)));
+                    }
+                }
             }
         }
     }
 
-    /// The body that was given out last, if nothing is missing.
-    fn completed(&self) -> Option<&Body> {
-        match (self.segments.len(), self.segments.back()) {
-            (1, Some(Segment::Body(body))) if body.is_complete() => Some(body),
-            _ => None,
+    /// Every byte was given out.
+    fn is_complete(&self) -> bool {
+        self.segments.iter().all(|segment| matches!(segment, Segment::Body(body) if body.is_complete()))
+    }
+}
+
+/// What comes next of a response.
+enum Given {
+    Text(Bytes),
+    Artifact(Chunk),
+}
+
+/// What hyper is given to send.
+#[derive(Debug)]
+pub(super) enum Piece {
+    Bytes(Bytes),
+    File(Promise),
+}
+
+impl ResponseBody {
+    /// Makes a piece for hyper of what comes next. The last one takes the response's end along, if it is still to be
+    /// sent when this body is gone.
+    fn piece(&mut self, given: Given) -> Piece {
+        let Kind::Artifact(artifact) = &self.kind else { return Piece::Bytes(Bytes::new()) };
+        let chunk = match given {
+            Given::Text(text) => return Piece::Bytes(text),
+            Given::Artifact(chunk) => chunk,
+        };
+        if let Some(exchange) = &mut self.ending.exchange {
+            exchange.gave(chunk.len());
+        }
+        match chunk {
+            Chunk::Bytes(bytes) => Piece::Bytes(bytes),
+            Chunk::Cached(range) => {
+                // A trailer still needs to know what was served.
+                let is_last = artifact.is_complete() && !artifact.trailer;
+                let ending = is_last.then(|| std::mem::take(&mut self.ending));
+                Piece::File(Promise::new(&artifact.connection, range, ending))
+            }
         }
     }
 
+    fn broke(&mut self, broken: &Broken) {
+        if let Some(served) = &mut self.ending.served {
+            served.broken = true;
+        }
+        if let Some(exchange) = &mut self.ending.exchange {
+            exchange.broke(broken);
+        }
+        if let Kind::Artifact(artifact) = &self.kind {
+            artifact.connection.reset();
+        }
+    }
+
+    /// The digest of what was served, if the client is to be told after the last chunk.
     fn take_trailer(&mut self) -> Option<HeaderMap> {
-        let wanted = std::mem::take(&mut self.trailer);
-        let digest = self.completed().filter(|_| wanted)?.stored()?.version.digest;
+        let Kind::Artifact(artifact) = &mut self.kind else { return None };
+        if !std::mem::take(&mut artifact.trailer) {
+            return None;
+        }
+        let digest = self.ending.served.as_ref()?.stored.as_ref()?.version.digest;
         let value = HeaderValue::try_from(digest.to_string()).ok()?;
         Some(HeaderMap::from_iter([(X_CONTENT_SHA256, value)]))
     }
 }
 
 impl http_body::Body for ResponseBody {
-    type Data = Bytes;
+    type Data = Piece;
     type Error = Broken;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Piece>, Broken>>> {
         let this = self.get_mut();
-        let artifact = match &mut this.kind {
-            Kind::Full(bytes) if bytes.is_empty() => return Poll::Ready(None),
-            Kind::Full(bytes) => return Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Kind::Artifact(artifact) => artifact,
-        };
-        Poll::Ready(match ready!(artifact.poll_segment(cx)) {
-            Some(Ok((bytes, is_artifact))) => {
-                if let Some(exchange) = this.exchange.as_mut().filter(|_| is_artifact) {
-                    exchange.gave(bytes.len());
-                }
-                Some(Ok(Frame::data(bytes)))
+        let given = match (&mut this.kind, &mut this.ending.served) {
+            (Kind::Full(bytes), _) => {
+                let bytes = std::mem::take(bytes);
+                return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(Piece::Bytes(bytes)))));
             }
-            None => artifact.take_trailer().map(|trailer| Ok(Frame::trailers(trailer))),
+            (Kind::Artifact(artifact), Some(served)) => ready!(artifact.poll_segment(cx, served)),
+            // The last piece has taken the end along.
+            (Kind::Artifact(_), None) => None,
+        };
+        Poll::Ready(match given {
+            Some(Ok(given)) => Some(Ok(Frame::data(this.piece(given)))),
+            None => this.take_trailer().map(|trailer| Ok(Frame::trailers(trailer))),
             Some(Err(broken)) => {
-                artifact.broken = true;
-                artifact.connection.reset();
-                if let Some(exchange) = &mut this.exchange {
-                    exchange.broke(&broken);
-                }
+                this.broke(&broken);
                 Some(Err(broken))
             }
         })
@@ -167,15 +269,40 @@ impl http_body::Body for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
-        let Kind::Artifact(artifact) = &self.kind else { return };
-        match (artifact.completed(), &mut self.exchange) {
-            (Some(body), _) => {
-                if let Some(stored) = body.stored() {
-                    artifact.cache.count_access(stored);
-                }
-            }
-            (None, Some(exchange)) if !artifact.broken => exchange.abandoned(),
-            _ => {}
+        if let Kind::Artifact(artifact) = &self.kind
+            && artifact.is_complete()
+        {
+            self.ending.complete();
+        }
+    }
+}
+
+impl Buf for Piece {
+    fn remaining(&self) -> usize {
+        match self {
+            Piece::Bytes(bytes) => bytes.remaining(),
+            Piece::File(promise) => promise.remaining(),
+        }
+    }
+
+    fn chunk(&self) -> &[u8] {
+        match self {
+            Piece::Bytes(bytes) => bytes.chunk(),
+            Piece::File(promise) => promise.chunk(),
+        }
+    }
+
+    fn chunks_vectored<'a>(&'a self, dst: &mut [IoSlice<'a>]) -> usize {
+        match self {
+            Piece::Bytes(bytes) => bytes.chunks_vectored(dst),
+            Piece::File(promise) => promise.chunks_vectored(dst),
+        }
+    }
+
+    fn advance(&mut self, count: usize) {
+        match self {
+            Piece::Bytes(bytes) => bytes.advance(count),
+            Piece::File(promise) => promise.advance(count),
         }
     }
 }

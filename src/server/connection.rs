@@ -14,18 +14,22 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
 use http::Version;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
 };
 
+use super::sendfile::{self, Promises};
 use crate::config::Server;
+
+/// RFC 9110, section 15.5.9.
+const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 /// All connections.
 #[derive(Debug)]
@@ -55,7 +59,10 @@ pub(super) struct Connection {
     is_http2: AtomicBool,
     /// Close with a reset, so that the client can't take a broken body for a complete one.
     reset: AtomicBool,
+    /// Close with a 408, because a head was begun and not completed in time.
+    too_slow: AtomicBool,
     close: Notify,
+    promises: Promises,
 }
 
 /// Marks one request as being answered until it is dropped.
@@ -103,7 +110,9 @@ impl Registry {
             requests: AtomicU32::new(0),
             is_http2: AtomicBool::new(false),
             reset: AtomicBool::new(false),
+            too_slow: AtomicBool::new(false),
             close: Notify::new(),
+            promises: Promises::default(),
         });
         // From the start a head is due.
         connection.mark(&connection.head_since);
@@ -127,9 +136,12 @@ impl Registry {
                     0 => false,
                     since => now.saturating_sub(Duration::from_millis(since)) >= limit,
                 };
-                if is_over(&connection.head_since, self.header_timeout)
-                    || is_over(&connection.idle_since, self.keepalive_timeout)
-                {
+                if is_over(&connection.head_since, self.header_timeout) {
+                    connection.too_slow.store(true, Ordering::Relaxed);
+                    connection.close.notify_one();
+                }
+                let is_writing = connection.stuck_since.load(Ordering::Relaxed) != 0;
+                if !is_writing && is_over(&connection.idle_since, self.keepalive_timeout) {
                     connection.close.notify_one();
                 }
                 if is_over(&connection.stuck_since, self.write_idle_timeout) {
@@ -152,6 +164,9 @@ impl Registry {
     fn close_idlest(&self) {
         let connections = self.connections();
         let waiting_since = |connection: &&Arc<Connection>| {
+            if connection.stuck_since.load(Ordering::Relaxed) != 0 {
+                return None;
+            }
             let of = |since: &AtomicU64| Some(since.load(Ordering::Relaxed)).filter(|&since| since != 0);
             of(&connection.idle_since).or(of(&connection.head_since))
         };
@@ -195,6 +210,11 @@ impl Connection {
         self.close.notified().await;
     }
 
+    /// Parts of files that are waiting to be sent.
+    pub(super) fn promises(&self) -> &Promises {
+        &self.promises
+    }
+
     fn mark(&self, since: &AtomicU64) {
         since.store(self.started.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
     }
@@ -209,7 +229,13 @@ impl Connection {
     fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
         match (written.is_pending(), self.stuck_since.load(Ordering::Relaxed)) {
             (true, 0) => self.mark(&self.stuck_since),
-            (false, since) if since != 0 => self.stuck_since.store(0, Ordering::Relaxed),
+            (false, since) if since != 0 => {
+                self.stuck_since.store(0, Ordering::Relaxed);
+                // The end of an answer was still being sent, so it is idle from now.
+                if self.idle_since.load(Ordering::Relaxed) != 0 {
+                    self.mark(&self.idle_since);
+                }
+            }
             _ => {}
         }
     }
@@ -236,9 +262,40 @@ pub(super) struct Socket {
 impl Drop for Socket {
     fn drop(&mut self) {
         self.registry.connections().remove(&self.id);
+        if self.connection.too_slow.load(Ordering::Relaxed) {
+            // If it does not fit into the socket's buffer, the client is not reading anyway.
+            let _ = self.stream.try_write(TOO_SLOW);
+        }
         if self.connection.reset.load(Ordering::Relaxed) {
             // Closing then sends RST instead of FIN. If that fails, the connection is gone anyway.
             let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
+impl Socket {
+    /// Writes what stands before a promise, and then of it what the socket takes.
+    fn poll_send(
+        &self,
+        cx: &mut Context<'_>,
+        before: &[io::IoSlice<'_>],
+        promise: &io::IoSlice<'_>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.stream.poll_write_ready(cx))?;
+            let promises = &self.connection.promises;
+            let sent = self
+                .stream
+                .try_io(Interest::WRITABLE, || sendfile::send(&self.stream, promises, before, promise));
+            match sent {
+                Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
+                Err(cause) => {
+                    // The head has promised these bytes.
+                    self.connection.reset();
+                    return Poll::Ready(Err(cause));
+                }
+                sent => return Poll::Ready(sent),
+            }
         }
     }
 }
@@ -270,7 +327,10 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        let written = match sendfile::position(bufs) {
+            None => Pin::new(&mut self.stream).poll_write_vectored(cx, bufs),
+            Some(at) => self.poll_send(cx, &bufs[..at], &bufs[at]),
+        };
         self.connection.has_written(&written);
         written
     }

@@ -84,6 +84,12 @@ impl Refusal {
     /// JSON, or problem details (RFC 9457) with the same members for who asks for them.
     pub(super) fn into_response(self, as_problem: bool) -> Response<ResponseBody> {
         let status = self.status();
+        if matches!(self, Refusal::UriTooLong) {
+            // Bare, like the refusals of the HTTP layer itself.
+            let mut response = Response::new(ResponseBody::empty());
+            *response.status_mut() = status;
+            return response;
+        }
         let mut members = Map::new();
         if as_problem {
             members.insert("type".into(), "about:blank".into());

@@ -52,20 +52,22 @@ enum Client {
 }
 
 impl Exchange {
-    pub(super) fn begin(app: &Arc<App>, peer: SocketAddr, headers: &HeaderMap, asked: Instant) -> Exchange {
+    pub(super) fn begin(
+        app: &Arc<App>,
+        peer: SocketAddr,
+        headers: &HeaderMap,
+        request_id: HeaderValue,
+        asked: Instant,
+    ) -> Exchange {
         Exchange {
             app: app.clone(),
             asked,
             client: client(peer, headers, &app.config.server.trusted_proxies),
-            request_id: request_id(headers),
+            request_id,
             url: None,
             ending: Ending::Unanswered,
             body_bytes: 0,
         }
-    }
-
-    pub(super) fn request_id(&self) -> HeaderValue {
-        self.request_id.clone()
     }
 
     pub(super) fn concerns(&mut self, url: SourceUrl) {
@@ -90,8 +92,8 @@ impl Exchange {
         self.failed("broken_body", "client closed the connection before the end".to_owned(), false);
     }
 
-    pub(super) fn gave(&mut self, bytes: usize) {
-        self.body_bytes += bytes as u64;
+    pub(super) fn gave(&mut self, bytes: u64) {
+        self.body_bytes += bytes;
     }
 }
 
@@ -160,7 +162,7 @@ fn client(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Client {
 }
 
 /// The client's own, if it can be logged and returned as it is, or a new one.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
+pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
     let given = headers.get(&X_REQUEST_ID).filter(|id| {
         !id.is_empty() && id.len() <= MAX_REQUEST_ID_BYTES && id.as_bytes().iter().all(u8::is_ascii_graphic)
     });

@@ -10,6 +10,7 @@ mod error;
 mod exchange;
 mod fetch;
 mod params;
+mod sendfile;
 mod system;
 
 use std::{
@@ -17,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use http::{Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response, header};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -31,8 +32,6 @@ use body::ResponseBody;
 use connection::{Connection, Registry, Socket};
 use error::Refusal;
 
-/// RFC 9110 asks for at least 8,000 bytes; a `url` parameter of 8 KiB may be percent-encoded threefold.
-const MAX_REQUEST_LINE_BYTES: usize = 32 * 1024;
 /// Of a request's head.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 const MAX_HEADERS: usize = 100;
@@ -46,6 +45,7 @@ pub struct App {
     metrics: Arc<Metrics>,
     config: Config,
     health: system::HealthCheck,
+    targets: params::Targets,
 }
 
 /// What a listener is for.
@@ -60,7 +60,8 @@ pub enum Role {
 impl App {
     /// Puts the parts together.
     pub fn new(cache: Arc<Cache>, metrics: Arc<Metrics>, config: Config) -> Arc<App> {
-        Arc::new(App { cache, metrics, config, health: system::HealthCheck::default() })
+        let targets = params::Targets::new(config.fetch.ignore_query.clone());
+        Arc::new(App { cache, metrics, config, health: system::HealthCheck::default(), targets })
     }
 }
 
@@ -124,8 +125,7 @@ async fn converse(
         // The registry keeps the time: hyper's own time-out would also end an idle connection.
         .header_read_timeout(None)
         .max_headers(MAX_HEADERS)
-        .max_buf_size(MAX_HEAD_BYTES)
-        .pipeline_flush(true);
+        .max_buf_size(MAX_HEAD_BYTES);
     protocols
         .http2()
         .timer(TokioTimer::new())
@@ -160,7 +160,9 @@ async fn answer_or_panic(
     request: Request<Incoming>,
 ) -> Response<ResponseBody> {
     let busy = connection.begin_request(request.version());
-    let mut answering = pin!(route(&app, role, &connection, request));
+    let request_id = exchange::request_id(request.headers());
+    let as_problem = params::has_member(request.headers(), header::ACCEPT, "application/problem+json");
+    let mut answering = pin!(route(&app, role, &connection, request, request_id.clone()));
     let answer = std::future::poll_fn(|cx| {
         // Nothing that a panic can leave half-done is used again: the future is dropped.
         match std::panic::catch_unwind(AssertUnwindSafe(|| answering.as_mut().poll(cx))) {
@@ -174,8 +176,9 @@ async fn answer_or_panic(
             app.metrics.panics.inc();
             tracing::error!("panic");
         }
-        refusal.into_response(false)
+        refusal.into_response(as_problem)
     });
+    response.headers_mut().insert(exchange::X_REQUEST_ID.clone(), request_id);
     response.body_mut().hold(busy);
     response
 }
@@ -186,15 +189,13 @@ async fn route(
     role: Role,
     connection: &Arc<Connection>,
     request: Request<Incoming>,
+    request_id: HeaderValue,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let path = request.uri().path();
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
-    if request.uri().path_and_query().is_some_and(|target| target.as_str().len() > MAX_REQUEST_LINE_BYTES) {
-        return Err(Refusal::UriTooLong);
-    }
     match path {
         _ if role == Role::Api && (path == "/fetch" || path.starts_with("/fetch/")) => {
-            Ok(fetch::fetch(app, connection, request).await)
+            Ok(fetch::fetch(app, connection, request, request_id).await)
         }
         "/health" | "/api/stats" | "/metrics" if !is_read => Err(Refusal::MethodNotAllowed),
         "/health" => Ok(system::health(app).await),

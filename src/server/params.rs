@@ -6,17 +6,46 @@
 use std::borrow::Cow;
 
 use http::{HeaderMap, HeaderName, Uri, header};
+use quick_cache::sync::Cache;
 
 use crate::{
     artifact::{Digest, SourceUrl, globs::QueryGlobs},
     error::Error,
 };
 
+/// With their URLs about 1 KiB each.
+const REMEMBERED_TARGETS: usize = 8192;
+const LONGEST_REMEMBERED: usize = 512;
 const HINT: &str = "if it belongs to the upstream URL, percent-encode the whole value of 'url' (& as %26, ? as %3F), \
                     or use the path form /fetch/https://host/path?query";
 
-/// What the target names.
-pub(super) fn target(uri: &Uri, ignore: &QueryGlobs) -> Result<(SourceUrl, Option<Digest>), Error> {
+/// Targets that were asked for lately: checking a URL is a third of the work of a hit.
+#[derive(Debug)]
+pub(super) struct Targets {
+    known: Cache<String, (SourceUrl, Option<Digest>)>,
+    ignore: QueryGlobs,
+}
+
+impl Targets {
+    pub(super) fn new(ignore: QueryGlobs) -> Targets {
+        Targets { known: Cache::new(REMEMBERED_TARGETS), ignore }
+    }
+
+    /// What a request's target names.
+    pub(super) fn parse(&self, uri: &Uri) -> Result<(SourceUrl, Option<Digest>), Error> {
+        let text = uri.path_and_query().map_or("", |target| target.as_str());
+        if let Some(known) = self.known.get(text) {
+            return Ok(known);
+        }
+        let parsed = target(uri, &self.ignore)?;
+        if text.len() <= LONGEST_REMEMBERED {
+            self.known.insert(text.to_owned(), parsed.clone());
+        }
+        Ok(parsed)
+    }
+}
+
+fn target(uri: &Uri, ignore: &QueryGlobs) -> Result<(SourceUrl, Option<Digest>), Error> {
     match uri.path().strip_prefix("/fetch/") {
         Some(rest) if !rest.is_empty() => path_form(rest, uri.query(), ignore),
         _ => query_form(uri.query().unwrap_or_default(), ignore),
@@ -42,7 +71,7 @@ fn query_form(query: &str, ignore: &QueryGlobs) -> Result<(SourceUrl, Option<Dig
     }
     let url = url.filter(|url| !url.is_empty()).ok_or(Error::MissingParameter { parameter: "url" })?;
     let url = decode("url", url)?;
-    Ok((parse_url(&url, ignore)?, sha256.map(|text| parse_digest(text)).transpose()?.flatten()))
+    Ok((parse_url(&url, ignore)?, sha256.map(parse_digest).transpose()?.flatten()))
 }
 
 /// `/fetch/https://host/path?query`, `/fetch/sha256=<hex>/https://…`: the raw text is the URL, byte for byte.

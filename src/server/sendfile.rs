@@ -1,0 +1,192 @@
+//! Bytes that go from the page cache to the socket without passing through this process: sendfile(2) below hyper.
+//!
+//! hyper wants bytes; a cached piece of a file is handed to it as a [`Promise`] instead. A promise knows its length, and
+//! shows itself to a vectored write as a slice of [`WINDOW`], memory that is never read: its *address* says which of the
+//! connection's promises is meant. The socket, which is where hyper's vectored writes end, recognises the address and
+//! sends that part of the file. Nothing lies if that ever changes: every other way of looking at a promise
+//! (`Buf::chunk`) reads the real bytes from the file.
+//!
+//! Copying through a buffer cost a third of the throughput from 64 KiB on (`docs/performance.md`). Only pieces that are
+//! in the page cache come here, so that no worker waits for a disk.
+
+use std::{
+    cell::OnceCell,
+    fmt,
+    io::{self, IoSlice},
+    os::unix::fs::FileExt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::{Buf, Bytes};
+use rustix::{io::Errno, net::SendFlags};
+use tokio::net::TcpStream;
+
+use super::{body::Ending, connection::Connection};
+use crate::blobs::FileRange;
+
+/// Promises of one connection that may be waiting to be sent; hyper queues fewer.
+const SLOTS: usize = 64;
+/// The most that one call sends; also the longest slice of the window.
+const MOST_BYTES: usize = 1 << 20;
+/// Addresses, never contents. It takes no memory: its pages are never touched.
+static WINDOW: [u8; MOST_BYTES + SLOTS] = [0; MOST_BYTES + SLOTS];
+/// What a promise shows of the real bytes at a time, to whoever wants to see them.
+const COPY_BYTES: u64 = 16 * 1024;
+
+/// A connection's promises, by slot.
+#[derive(Debug, Default)]
+pub(super) struct Promises(Mutex<Vec<Option<FileRange>>>);
+
+/// Part of a file, on its way to a socket.
+pub(super) struct Promise {
+    connection: Arc<Connection>,
+    slot: usize,
+    remaining: usize,
+    copy: OnceCell<Bytes>,
+    /// The end of the response, if this is its last part.
+    ending: Option<Box<Ending>>,
+}
+
+impl fmt::Debug for Promise {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Promise")
+            .field("slot", &self.slot)
+            .field("remaining", &self.remaining)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Promises {
+    fn slots(&self) -> MutexGuard<'_, Vec<Option<FileRange>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a slice stands for, if it is one of the window.
+    fn find(&self, slice: &IoSlice<'_>) -> Option<FileRange> {
+        let slot =
+            (slice.as_ptr() as usize).checked_sub(WINDOW.as_ptr() as usize).filter(|&slot| slot < SLOTS)?;
+        let range = self.slots().get(slot)?.clone()?;
+        Some(FileRange { length: range.length.min(slice.len() as u64), ..range })
+    }
+}
+
+/// Where in a vectored write the first promise is.
+pub(super) fn position(bufs: &[IoSlice<'_>]) -> Option<usize> {
+    let window = WINDOW.as_ptr_range();
+    bufs.iter().position(|slice| window.contains(&slice.as_ptr()))
+}
+
+/// Sends `before` and then as much of the promise behind it as the socket takes, without waiting.
+///
+/// # Errors
+/// `WouldBlock` when the socket takes nothing; `UnexpectedEof` when the file has become shorter.
+pub(super) fn send(
+    stream: &TcpStream,
+    promises: &Promises,
+    before: &[IoSlice<'_>],
+    promise: &IoSlice<'_>,
+) -> io::Result<usize> {
+    let mut sent = 0;
+    if !before.is_empty() {
+        // MORE, so that a head does not travel in a packet of its own.
+        let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
+        sent = rustix::net::sendmsg(stream, before, &mut Default::default(), flags)?;
+        if sent < before.iter().map(|slice| slice.len()).sum() {
+            return Ok(sent);
+        }
+    }
+    let FileRange { file, mut offset, length } =
+        promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
+    match rustix::fs::sendfile(stream, &*file, Some(&mut offset), length as usize) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(length) => Ok(sent + length),
+        Err(Errno::AGAIN | Errno::INTR) if sent > 0 => Ok(sent),
+        Err(cause) => Err(cause.into()),
+    }
+}
+
+impl Promise {
+    /// Registers a part of a file with the connection it is to be sent on. `ending` is held until it was sent.
+    pub(super) fn new(
+        connection: &Arc<Connection>,
+        range: FileRange,
+        ending: Option<Box<Ending>>,
+    ) -> Promise {
+        let remaining = range.length as usize;
+        let mut slots = connection.promises().slots();
+        let slot = slots.iter().position(Option::is_none).unwrap_or(slots.len());
+        // hyper queues at most 16 pieces; a slot past the window would only cost the shortcut.
+        match slots.get_mut(slot) {
+            Some(free) => *free = Some(range),
+            None => slots.push(Some(range)),
+        }
+        drop(slots);
+        Promise { connection: connection.clone(), slot, remaining, copy: OnceCell::new(), ending }
+    }
+
+    /// The next real bytes.
+    fn read(&self) -> io::Result<Bytes> {
+        let slots = self.connection.promises().slots();
+        let range = slots.get(self.slot).and_then(Option::as_ref).ok_or(io::ErrorKind::NotFound)?;
+        let mut bytes = vec![0; range.length.min(COPY_BYTES) as usize];
+        range.file.read_exact_at(&mut bytes, range.offset)?;
+        Ok(bytes.into())
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if let Some(slot) = self.connection.promises().slots().get_mut(self.slot) {
+            *slot = None;
+        }
+    }
+}
+
+impl Buf for Promise {
+    fn remaining(&self) -> usize {
+        self.remaining
+    }
+
+    fn chunk(&self) -> &[u8] {
+        if self.remaining == 0 {
+            return &[];
+        }
+        // There is no way to return an error from here, and nothing else may be sent in place of these bytes: the panic
+        // ends this connection, and only this one.
+        self.copy
+            .get_or_init(|| self.read().unwrap_or_else(|cause| panic!("can't read a promised file: {cause}")))
+    }
+
+    fn chunks_vectored<'a>(&'a self, dst: &mut [IoSlice<'a>]) -> usize {
+        match dst.first_mut() {
+            Some(first) if self.remaining > 0 && self.slot < SLOTS => {
+                *first = IoSlice::new(&WINDOW[self.slot..self.slot + self.remaining.min(MOST_BYTES)]);
+                1
+            }
+            Some(first) if self.remaining > 0 => {
+                *first = IoSlice::new(self.chunk());
+                1
+            }
+            _ => 0,
+        }
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.remaining -= count;
+        if let Some(ending) = self.ending.as_mut().filter(|_| self.remaining == 0) {
+            ending.complete();
+        }
+        if let Some(Some(range)) = self.connection.promises().slots().get_mut(self.slot) {
+            range.offset += count as u64;
+            range.length -= count as u64;
+        }
+        match self.copy.take() {
+            Some(mut copy) if count < copy.len() => {
+                copy.advance(count);
+                // It was just taken, so it is empty.
+                let _ = self.copy.set(copy);
+            }
+            _ => {}
+        }
+    }
+}
