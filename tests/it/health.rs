@@ -1,0 +1,47 @@
+//! Health: `healthy` means that all works, and no other state contains that word.
+
+use crate::harness::{Content, Reply, Service, Upstream, eventually};
+
+#[test]
+fn healthy() {
+    let service = Service::new().start();
+    for path in ["/health", "/health"] {
+        let answer = service.get(path);
+        assert_eq!((answer.status, answer.header("Content-Type")), (200, "application/json"));
+        let json = answer.json();
+        assert_eq!(json["status"], "healthy");
+        let time = json["timestamp"].as_str().expect("a timestamp");
+        assert!(time.ends_with('Z') && time.as_bytes()[10] == b'T', "{time}");
+    }
+    let head = service.request("HEAD", "/health", &[]);
+    assert_eq!((head.status, head.body.len()), (200, 0));
+}
+
+#[test]
+fn degraded_when_misses_cannot_work() {
+    let service = Service::new().env("STORAGE__MIN_FREE_BYTES", "1000TiB").start();
+    let answer = service.get("/health");
+    assert_eq!(answer.status, 200, "hits still work");
+    let json = answer.json();
+    assert_eq!(json["status"], "degraded");
+    assert!(json["checks"].is_object(), "{json}");
+    assert!(
+        !String::from_utf8_lossy(&answer.body).contains("healthy"),
+        "a keyword monitor must see it: {json}"
+    );
+}
+
+#[test]
+fn failing_when_the_store_is_gone() {
+    let (up, service) = (Upstream::start(), Service::new().start());
+    let url = up.serve("/x", Reply::ok(&Content::of(b"x")));
+    service.fetch(&url).assert_ok(b"x");
+    let aside = service.service().dir().join("aside");
+    std::fs::rename(service.service().base_path(), &aside).unwrap();
+    eventually("it fails", || (service.get("/health").status == 503).then_some(()));
+    let answer = service.get("/health");
+    assert_eq!(answer.json()["status"], "failing");
+    assert!(!String::from_utf8_lossy(&answer.body).contains("healthy"));
+    std::fs::rename(&aside, service.service().base_path()).unwrap();
+    eventually("it recovers", || (service.get("/health").json()["status"] == "healthy").then_some(()));
+}
