@@ -66,11 +66,11 @@ pub enum Error {
         limit: u64,
     },
     /// The upstream did not answer, or not in time.
-    #[error("{message}")]
+    #[error("Upstream server timeout or unreachable: {message}")]
     Unavailable {
         /// What was asked for.
         source_url: Arc<str>,
-        /// What happened.
+        /// What exactly happened.
         message: String,
         /// When to try again.
         retry_after: Option<Duration>,

@@ -6,6 +6,8 @@
 pub mod cli;
 // 5: HTTP, the only place that knows status codes and headers
 pub mod server;
+// 4: what is done in the background
+pub mod jobs;
 // 3: the product: hit or miss is decided here
 pub mod cache;
 // 2: what we know, what we hold, the outside; they never use one another

@@ -71,6 +71,15 @@ fn hint(cause: &io::Error) -> String {
     }
 }
 
+/// A blob that survives a power cut from now on.
+#[derive(Debug)]
+pub struct Published {
+    /// Its file.
+    pub file: Arc<SpoolFile>,
+    /// Something was at its place already.
+    pub replaced: bool,
+}
+
 /// What is found where a blob should be.
 #[derive(Debug)]
 pub enum Held {
@@ -210,20 +219,21 @@ impl Blobs {
     /// Makes a verified spool the blob of its digest: on disk first, then under its name, then the name on disk.
     ///
     /// Whatever lies at the place is replaced: it has the same name, so it has the same bytes or is damaged.
-    pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Arc<SpoolFile>, Error> {
+    pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Published, Error> {
         let blobs = self.clone();
         tokio::task::spawn_blocking(move || {
-            blobs.publish_now(&written).map_err(|cause| {
+            let replaced = blobs.publish_now(&written).map_err(|cause| {
                 tracing::error!(error = %cause, digest = %written.digest, "publishing failed");
                 Error::io("Failed to write to cache storage", &cause)
             })?;
-            Ok(written.file)
+            Ok(Published { file: written.file, replaced })
         })
         .await
         .map_err(|_| Error::io("Failed to write to cache storage", &io::Error::other("publisher panicked")))?
     }
 
-    fn publish_now(&self, written: &Written) -> io::Result<()> {
+    /// Says whether something was there already.
+    fn publish_now(&self, written: &Written) -> io::Result<bool> {
         // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
         // is what returning the error does.
         written.file.sync()?;
@@ -244,6 +254,7 @@ impl Blobs {
             shard.durable_children[word] |= bit;
         }
         let to = self.path(digest);
+        let replaced = fs::symlink_metadata(&to).is_ok();
         match written.file.rename_to(&to) {
             // An operator removed the directory under us.
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
@@ -255,7 +266,26 @@ impl Blobs {
             }
             done => done?,
         }
-        sync_dir(&inner)
+        sync_dir(&inner)?;
+        Ok(replaced)
+    }
+
+    /// The digests of all blobs that begin with this byte, in no order. Whatever else lies there is left out.
+    pub fn list(&self, first: u8) -> io::Result<Vec<Digest>> {
+        let mut found = Vec::new();
+        let outer = match fs::read_dir(self.base.join(format!("{first:02x}"))) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
+            outer => outer?,
+        };
+        for inner in outer {
+            let inner = inner?;
+            if inner.file_type()?.is_dir() {
+                for blob in fs::read_dir(inner.path())? {
+                    found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Bytes that an ordinary user can still write on the storage's file system.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     artifact::Version,
-    blobs::{Spool, SpoolFile},
+    blobs::{Published, Spool, SpoolFile},
     catalog::Record,
     error::Error,
     upstream::{Body, Failure, Head, Resume, Retry},
@@ -159,9 +159,9 @@ impl<'a> Download<'a> {
         });
         let resume = part.map(|part| Resume { offset: part.spool.len(), head: &part.head });
         let left = self.cache.limits.timeout.saturating_sub(self.progress.elapsed());
-        let answer = timeout(left, self.cache.upstream.get(url, resume))
-            .await
-            .map_err(|_| self.silent("Upstream server timeout or unreachable".to_owned()))??;
+        let answer = timeout(left, self.cache.upstream.get(url, resume)).await.map_err(|_| {
+            self.silent(format!("nothing new for {} s", self.cache.limits.timeout.as_secs_f32()))
+        })??;
         match &mut self.part {
             Some(part) if answer.resumed => {
                 self.cache.metrics.upstream_resumes.inc();
@@ -214,16 +214,16 @@ impl<'a> Download<'a> {
         loop {
             let patience = limits.stall.min(limits.timeout.saturating_sub(self.progress.elapsed()));
             let asked = Instant::now();
-            let chunk = timeout(patience, body.chunk()).await.map_err(|_| {
-                self.silent(format!("Upstream sent nothing for {} s", patience.as_secs_f32()))
-            })??;
+            let chunk = timeout(patience, body.chunk())
+                .await
+                .map_err(|_| self.silent(format!("it sent nothing for {} s", patience.as_secs_f32())))??;
             let Some(bytes) = chunk else { break };
             waited += asked.elapsed();
             received += bytes.len() as u64;
             if waited >= limits.stall {
                 if (received as f64) < limits.min_bytes_per_second as f64 * waited.as_secs_f64() {
                     let rate = limits.min_bytes_per_second;
-                    return Err(self.silent(format!("Upstream sent less than {rate} bytes a second")));
+                    return Err(self.silent(format!("it sent less than {rate} bytes a second")));
                 }
                 (waited, received) = (Duration::ZERO, 0);
             }
@@ -299,8 +299,13 @@ impl<'a> Download<'a> {
             first_cached: std::time::SystemTime::now(),
         };
         let generation = self.cache.catalog.generation();
-        let file = self.cache.blobs.publish(written).await?;
-        let artifact = self.cache.catalog.record(Record { source_url: self.url(), version }).await?;
+        let Published { file, replaced } = self.cache.blobs.publish(written).await?;
+        let recorded = self.cache.catalog.record(Record { source_url: self.url(), version }).await?;
+        if replaced && recorded.is_new_blob {
+            // It was there all along, only unknown.
+            self.cache.metrics.orphan_blobs.dec();
+        }
+        let artifact = recorded.artifact;
         let stored = Arc::new(Stored::new(artifact, file.file().clone()));
         self.cache.front.put(self.flight.url.key(), stored.clone(), generation);
         self.cache.metrics.downloads.inc();

@@ -212,6 +212,20 @@ impl Cache {
         }
     }
 
+    /// Counts the blobs whose digest begins with this byte and that the catalogue does not know. Blocks.
+    pub fn count_orphans(&self, first: u8) -> Result<u64, Error> {
+        let blobs =
+            self.blobs.list(first).map_err(|cause| Error::io("Failed to read cache storage", &cause))?;
+        blobs
+            .into_iter()
+            .try_fold(0, |orphans, digest| Ok(orphans + u64::from(!self.catalog.knows_blob(digest)?)))
+    }
+
+    /// Tells how many there are in all.
+    pub fn set_orphans(&self, orphans: u64) {
+        self.metrics.orphan_blobs.set(orphans as i64);
+    }
+
     /// Writes what is only in memory, so that a plain copy of the database is whole.
     pub async fn checkpoint(&self) {
         self.catalog.checkpoint().await;

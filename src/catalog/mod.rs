@@ -47,6 +47,15 @@ pub struct Artifact {
     pub version: Version,
 }
 
+/// What recording came to.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// The URL's row.
+    pub artifact: Artifact,
+    /// The blob was not known before.
+    pub is_new_blob: bool,
+}
+
 /// The sums over everything, as `/api/stats` tells them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -151,6 +160,12 @@ impl Catalog {
             .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
     }
 
+    /// Whether a blob with this digest was ever recorded.
+    pub fn knows_blob(&self, digest: Digest) -> Result<bool, Error> {
+        sqlite::knows_blob(&self.reader(), digest)
+            .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
+    }
+
     /// The sums; the same time at any size of the catalogue.
     pub fn totals(&self) -> Result<Totals, Error> {
         sqlite::totals(&self.reader()).map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
@@ -158,7 +173,7 @@ impl Catalog {
 
     /// Records a published content as its URL's current one, in one transaction, and returns its row when that is
     /// durable.
-    pub async fn record(&self, record: Record) -> Result<Artifact, Error> {
+    pub async fn record(&self, record: Record) -> Result<Recorded, Error> {
         self.writer.record(record).await
     }
 

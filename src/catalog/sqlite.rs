@@ -8,8 +8,11 @@ use std::{
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
-use super::{Artifact, OpenError, Record, Totals, hash_text};
-use crate::{artifact::Version, error::Error};
+use super::{Artifact, OpenError, Record, Recorded, Totals, hash_text};
+use crate::{
+    artifact::{Digest, Version},
+    error::Error,
+};
 
 /// How long a statement waits for another process's lock before it fails.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -139,10 +142,11 @@ pub(super) fn totals(db: &Connection) -> rusqlite::Result<Totals> {
 }
 
 /// Writes blob, version and artifact; the triggers keep the totals.
-pub(super) fn record(tx: &Transaction<'_>, record: &Record) -> rusqlite::Result<Artifact> {
+pub(super) fn record(tx: &Transaction<'_>, record: &Record) -> rusqlite::Result<Recorded> {
     let Record { source_url, version } = record;
     let hash = hash_text(version.digest);
     let size = version.size as i64;
+    let is_new_blob = !knows_blob(tx, version.digest)?;
     tx.prepare_cached(
         "INSERT INTO blobs (content_hash, file_size, verified_at) VALUES (?1, ?2, CURRENT_TIMESTAMP)
          ON CONFLICT (content_hash) DO UPDATE SET file_size = excluded.file_size, state = 'present',
@@ -174,7 +178,12 @@ pub(super) fn record(tx: &Transaction<'_>, record: &Record) -> rusqlite::Result<
     )?
     .execute(params![source_url, hash, size, version.content_type])?;
     // Read back, because an artifact that was known keeps its row and its first_cached_at.
-    tx.prepare_cached(FIND)?.query_row([source_url], artifact)
+    let artifact = tx.prepare_cached(FIND)?.query_row([source_url], artifact)?;
+    Ok(Recorded { artifact, is_new_blob })
+}
+
+pub(super) fn knows_blob(db: &Connection, digest: Digest) -> rusqlite::Result<bool> {
+    db.prepare_cached("SELECT 1 FROM blobs WHERE content_hash = ?1")?.exists([hash_text(digest)])
 }
 
 /// Adds what was counted in memory since the last time.

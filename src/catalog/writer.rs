@@ -16,7 +16,7 @@ use std::{
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
-use super::{Artifact, Record, Status, sqlite};
+use super::{Record, Recorded, Status, sqlite};
 use crate::error::Error;
 
 /// How late an access count may be written, and how soon another process's change is seen.
@@ -25,7 +25,7 @@ const TICK: Duration = Duration::from_millis(500);
 const BATCH: usize = 256;
 
 enum Command {
-    Record(Box<Record>, oneshot::Sender<Result<Artifact, Error>>),
+    Record(Box<Record>, oneshot::Sender<Result<Recorded, Error>>),
     Checkpoint(oneshot::Sender<()>),
 }
 
@@ -46,7 +46,7 @@ impl Writer {
         Ok(Writer { commands: Some(commands), accesses, thread: Some(thread) })
     }
 
-    pub(super) async fn record(&self, record: Record) -> Result<Artifact, Error> {
+    pub(super) async fn record(&self, record: Record) -> Result<Recorded, Error> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Record(Box::new(record), reply));
         answer.await.unwrap_or_else(|_| Err(stopped()))
@@ -132,7 +132,7 @@ impl Work {
             });
             for (_, reply) in records {
                 let answer = match &mut outcome {
-                    Ok(artifacts) => artifacts.next().ok_or_else(stopped),
+                    Ok(recorded) => recorded.next().ok_or_else(stopped),
                     Err(error) => Err(error.clone()),
                 };
                 // The download may have been given up meanwhile; the record stands all the same.
@@ -148,11 +148,11 @@ impl Work {
         }
     }
 
-    fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Artifact>> {
+    fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Recorded>> {
         let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        let artifacts = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
+        let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
         tx.commit()?;
-        Ok(artifacts)
+        Ok(recorded)
     }
 
     fn tick(&mut self) {

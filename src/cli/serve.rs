@@ -19,6 +19,7 @@ use crate::{
     cache::Cache,
     catalog::Catalog,
     config::Config,
+    jobs,
     server::{self, App, Role},
     telemetry::{self, Metrics},
     upstream::Upstream,
@@ -59,6 +60,7 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     let app = App::new(cache.clone(), metrics, config);
     let shutdown = CancellationToken::new();
     let serving = tokio::spawn(server::serve(app, listeners, shutdown.clone()));
+    tokio::spawn(jobs::run(cache.clone(), shutdown.clone()));
     let signalled = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",

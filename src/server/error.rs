@@ -21,6 +21,7 @@ pub(super) enum Refusal {
     PreconditionFailed,
     RangeNotSatisfiable { size: u64 },
     UriTooLong,
+    BadFraming,
     Panicked,
 }
 
@@ -47,7 +48,7 @@ impl Refusal {
             Refusal::MethodNotAllowed => "method_not_allowed",
             Refusal::PreconditionFailed => "precondition_failed",
             Refusal::RangeNotSatisfiable { .. } => "range_not_satisfiable",
-            Refusal::UriTooLong => "invalid_parameter",
+            Refusal::UriTooLong | Refusal::BadFraming => "invalid_parameter",
             Refusal::Panicked => "internal_error",
         }
     }
@@ -65,6 +66,7 @@ impl Refusal {
                 format!("None of the requested ranges lies within the artifact's {size} bytes")
             }
             Refusal::UriTooLong => "The request line is longer than 32 KiB".into(),
+            Refusal::BadFraming => "A GET or HEAD request may not have a Transfer-Encoding".into(),
             Refusal::Panicked => "The request failed unexpectedly".into(),
         }
     }
@@ -77,6 +79,7 @@ impl Refusal {
             Refusal::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
             Refusal::RangeNotSatisfiable { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
             Refusal::UriTooLong => StatusCode::URI_TOO_LONG,
+            Refusal::BadFraming => StatusCode::BAD_REQUEST,
             Refusal::Panicked => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -84,10 +87,11 @@ impl Refusal {
     /// JSON, or problem details (RFC 9457) with the same members for who asks for them.
     pub(super) fn into_response(self, as_problem: bool) -> Response<ResponseBody> {
         let status = self.status();
-        if matches!(self, Refusal::UriTooLong) {
-            // Bare, like the refusals of the HTTP layer itself.
+        if matches!(self, Refusal::UriTooLong | Refusal::BadFraming) {
+            // Bare and final, like the refusals of the HTTP layer itself.
             let mut response = Response::new(ResponseBody::empty());
             *response.status_mut() = status;
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             return response;
         }
         let mut members = Map::new();

@@ -57,6 +57,10 @@ pub(super) async fn fetch(
 fn log_text(refusal: &Refusal) -> String {
     match refusal {
         Refusal::Failed(Error::Internal { message, details, .. }) => format!("{message}: {details}"),
+        // In the words of the document's example.
+        Refusal::Failed(Error::Upstream { message, .. }) => {
+            message.replacen("Upstream server", "upstream", 1)
+        }
         other => other.message(),
     }
 }

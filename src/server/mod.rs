@@ -193,6 +193,10 @@ async fn route(
 ) -> Result<Response<ResponseBody>, Refusal> {
     let path = request.uri().path();
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
+    if request.headers().contains_key(header::TRANSFER_ENCODING) {
+        // Nothing here has a use for a body, and one whose length two headers disagree on is an attack.
+        return Err(Refusal::BadFraming);
+    }
     match path {
         _ if role == Role::Api && (path == "/fetch" || path.starts_with("/fetch/")) => {
             Ok(fetch::fetch(app, connection, request, request_id).await)

@@ -116,7 +116,7 @@ impl Dialer {
             let addresses = resolved.map_err(|refused| match refused {
                 ResolveError::Forbidden(forbidden) => Failure::forbidden(source, forbidden.reason),
                 ResolveError::Dns(cause) => {
-                    Failure::unavailable(source, format!("Can't resolve {host}: {cause}"))
+                    Failure::unavailable(source, format!("can't resolve {host}: {cause}"))
                 }
             })?;
             let tcp = self.connect(source, addresses).await?;
@@ -162,12 +162,11 @@ impl Dialer {
         let stream = match timeout(self.connect_timeout, race).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(cause)) => {
-                return Err(Failure::unavailable(source, format!("Upstream is unreachable: {cause}")));
+                return Err(Failure::unavailable(source, cause.to_string()));
             }
             Err(_) => {
                 let seconds = self.connect_timeout.as_secs_f32();
-                let message =
-                    format!("Upstream server timeout or unreachable: no connection within {seconds} s");
+                let message = format!("no connection within {seconds} s");
                 return Err(Failure::unavailable(source, message));
             }
         };
@@ -180,7 +179,7 @@ impl Dialer {
     async fn connect_proxy(&self, source: &SourceUrl, proxy: &Url) -> Result<TcpStream, Failure> {
         let name = (proxy.host_str().unwrap_or_default(), proxy.port_or_known_default().unwrap_or(3128));
         let addresses = tokio::net::lookup_host(name).await.map_err(|cause| {
-            Failure::unavailable(source, format!("Can't resolve upstream.proxy: {cause}"))
+            Failure::unavailable(source, format!("can't resolve upstream.proxy: {cause}"))
         })?;
         self.connect(source, addresses.collect()).await
     }
@@ -238,9 +237,7 @@ impl Dialer {
                 let is_final = cause.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
                 Err(failed(cause.to_string(), if is_final { Retry::Never } else { Retry::After(None) }))
             }
-            Err(_) => {
-                Err(Failure::unavailable(source, "Upstream did not answer the TLS handshake in time".into()))
-            }
+            Err(_) => Err(Failure::unavailable(source, "no answer to the TLS handshake in time".into())),
         }
     }
 }

@@ -184,7 +184,7 @@ impl Upstream {
                 return Err(Failure::upstream(source, None, message, Retry::Never));
             }
             () = tokio::time::sleep(self.stall) => {
-                let message = format!("Upstream sent no answer within {} s", self.stall.as_secs_f32());
+                let message = format!("no answer within {} s", self.stall.as_secs_f32());
                 return Err(Failure::unavailable(source, message));
             }
         };
