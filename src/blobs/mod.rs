@@ -226,7 +226,7 @@ impl Blobs {
                 tracing::error!(error = %cause, digest = %written.digest, "publishing failed");
                 Error::io("Failed to write to cache storage", &cause)
             })?;
-            Ok(Published { file: written.file, replaced })
+            Ok(Published { file: written.file().clone(), replaced })
         })
         .await
         .map_err(|_| Error::io("Failed to write to cache storage", &io::Error::other("publisher panicked")))?
@@ -236,7 +236,7 @@ impl Blobs {
     fn publish_now(&self, written: &Written) -> io::Result<bool> {
         // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
         // is what returning the error does.
-        written.file.sync()?;
+        written.file().sync()?;
         let digest = written.digest;
         let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
         let mut shard = self.shard(digest);
@@ -255,14 +255,14 @@ impl Blobs {
         }
         let to = self.path(digest);
         let replaced = fs::symlink_metadata(&to).is_ok();
-        match written.file.rename_to(&to) {
+        match written.file().rename_to(&to) {
             // An operator removed the directory under us.
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 *shard = Shard::default();
                 fs::create_dir_all(&inner)?;
                 sync_dir(&self.base)?;
                 sync_dir(&outer)?;
-                written.file.rename_to(&to)?;
+                written.file().rename_to(&to)?;
             }
             done => done?,
         }

@@ -39,7 +39,7 @@ const WRITE_OUT_EVERY: u64 = 8 << 20;
 /// The writing end of a growing file. Dropping it before [`Spool::finish`] gives the file up.
 #[derive(Debug)]
 pub struct Spool {
-    file: Arc<SpoolFile>,
+    file: Unpublished,
     chunks: mpsc::UnboundedSender<Chunk>,
     thread: JoinHandle<io::Result<(Digest, u64)>>,
     window: Arc<Semaphore>,
@@ -47,7 +47,7 @@ pub struct Spool {
     sent: u64,
 }
 
-/// A growing file as its readers see it; it is removed when the last of them lets go, unless it was published.
+/// A growing file as its readers see it.
 #[derive(Debug)]
 pub struct SpoolFile {
     file: Arc<File>,
@@ -64,8 +64,27 @@ pub struct Written {
     pub digest: Digest,
     /// Its length in bytes.
     pub size: u64,
+    pub(super) file: Unpublished,
+}
+
+/// Removes the file's name when it is dropped before the file was published; readers keep what they have open.
+#[derive(Debug)]
+pub(super) struct Unpublished(pub(super) Arc<SpoolFile>);
+
+impl Drop for Unpublished {
+    fn drop(&mut self) {
+        let path = self.0.path.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(cause)) = path.map(fs::remove_file) {
+            tracing::warn!(error = %cause, "leftover spool file, removed at the next start");
+        }
+    }
+}
+
+impl Written {
     /// The file.
-    pub file: Arc<SpoolFile>,
+    pub fn file(&self) -> &Arc<SpoolFile> {
+        &self.file.0
+    }
 }
 
 /// A piece on its way to the disk, and its share of the memory.
@@ -89,7 +108,7 @@ impl Spool {
         let writer = Writing { file: file.clone(), hasher: Hasher::new(), written: 0, written_out: 0, room };
         let thread = tokio::task::spawn_blocking(move || writer.run(incoming));
         Ok(Spool {
-            file,
+            file: Unpublished(file),
             chunks,
             thread,
             window: Arc::new(Semaphore::new(WINDOW_BYTES / 1024)),
@@ -131,7 +150,7 @@ impl Spool {
 
     /// The file, for those who read along.
     pub fn file(&self) -> &Arc<SpoolFile> {
-        &self.file
+        &self.file.0
     }
 
     /// Waits until every byte is written and hashed.
@@ -197,16 +216,6 @@ impl SpoolFile {
             *path = None;
         }
         Ok(())
-    }
-}
-
-impl Drop for SpoolFile {
-    fn drop(&mut self) {
-        if let Some(path) = self.path.get_mut().unwrap_or_else(PoisonError::into_inner)
-            && let Err(cause) = fs::remove_file(&*path)
-        {
-            tracing::warn!(error = %cause, "leftover spool file, removed at the next start");
-        }
     }
 }
 

@@ -81,8 +81,8 @@ impl Cache {
         let landing = Landing { cache: self.clone(), flight, stage: None };
         tokio::spawn(async move {
             let (cache, flight) = (landing.cache.clone(), landing.flight.clone());
-            let mut download = Download::new(&cache, &flight);
-            let stage = Box::pin(download.run()).await.unwrap_or_else(Stage::Failed);
+            // What is left of the download goes before anybody is told of its end.
+            let stage = Box::pin(Download::new(&cache, &flight).run()).await.unwrap_or_else(Stage::Failed);
             landing.land(stage);
         });
     }
@@ -115,7 +115,7 @@ impl<'a> Download<'a> {
         }
     }
 
-    async fn run(&mut self) -> Result<Stage, Error> {
+    async fn run(mut self) -> Result<Stage, Error> {
         let _place = self.cache.inflight.place().await?;
         self.cache.blobs.check_room()?;
         self.progress = Instant::now();
@@ -287,7 +287,7 @@ impl<'a> Download<'a> {
             }
             return Ok(Stage::Rejected { actual: written.digest });
         }
-        let content_type = head.content_type.take().unwrap_or_else(|| detect(&written.file, &head));
+        let content_type = head.content_type.take().unwrap_or_else(|| detect(written.file(), &head));
         let version = Version {
             digest: written.digest,
             size: written.size,

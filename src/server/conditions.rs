@@ -151,6 +151,8 @@ fn seconds(time: SystemTime) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::single_range_in_vec_init, reason = "one range is one range")]
+
     use proptest::prelude::*;
 
     use super::*;

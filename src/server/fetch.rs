@@ -14,13 +14,13 @@ use super::{
     connection::Connection,
     error::Refusal,
     exchange::Exchange,
+    framing::{self, Framing},
     params,
 };
 use crate::{
     artifact::{CacheStatus, Streaming, Want},
     blobs::Mode,
     cache::{Content, Fetched, Growing, Stored},
-    config::StreamFraming,
     error::Error,
 };
 
@@ -81,14 +81,13 @@ async fn answer(
     let (url, sha256) = app.targets.parse(&parts.uri)?;
     exchange.concerns(url.clone());
     let headers = &parts.headers;
+    let framing = framing::choose(app.config.fetch.stream_framing, parts.version, headers);
     let want = Want {
         url,
         sha256,
-        streaming: match parts.version {
-            _ if params::prefers_wait(headers) || conditions::need_digest(headers) => Streaming::Never,
-            // It knows no chunks.
-            Version::HTTP_10 => Streaming::IfLengthKnown,
-            _ => Streaming::Always,
+        streaming: match params::prefers_wait(headers) || conditions::need_digest(headers) {
+            true => Streaming::Never,
+            false => framing.streaming,
         },
         no_cache: params::has_member(headers, header::CACHE_CONTROL, "no-cache"),
         only_if_cached: params::has_member(headers, header::CACHE_CONTROL, "only-if-cached"),
@@ -101,7 +100,7 @@ async fn answer(
     let origin = Origin { status, collapsed, stored: true };
     match content {
         Content::Whole(stored) => whole(app, connection, parts, &want, origin, stored),
-        Content::Growing(growing) => Ok(arriving(app, connection, parts, &want, origin, growing)),
+        Content::Growing(growing) => Ok(arriving(app, connection, parts, &want, origin, growing, framing)),
     }
 }
 
@@ -189,6 +188,7 @@ fn arriving(
     want: &Want,
     origin: Origin,
     growing: Growing,
+    framing: Framing,
 ) -> Response<ResponseBody> {
     let mut headers = answer::announced(&growing.head, want, origin);
     let etag = want.sha256.map(answer::etag);
@@ -205,14 +205,6 @@ fn arriving(
         Verdict::Ranges(ranges) => <[Range<u64>; 1]>::try_from(ranges).ok().map(|[range]| range),
         _ => None,
     };
-    let announce = match app.config.fetch.stream_framing {
-        // HTTP/1.0 has no other framing that shows a broken body.
-        _ if parts.version == Version::HTTP_10 => true,
-        StreamFraming::ContentLength => true,
-        StreamFraming::Chunked => false,
-        // A proxy turns our reset into a proper end; only a missing last chunk survives it.
-        StreamFraming::Auto => !params::is_proxied(&parts.headers),
-    };
     let length = range.as_ref().map(|range| range.end - range.start).or(size);
     let mut status = StatusCode::OK;
     if let (Some(range), Some(size)) = (&range, size) {
@@ -220,7 +212,7 @@ fn arriving(
         headers.insert(header::CONTENT_RANGE, answer::content_range(range, size));
     }
     let mut trailer = false;
-    match length.filter(|_| announce) {
+    match length.filter(|_| framing.announce_length) {
         Some(length) => drop(headers.insert(header::CONTENT_LENGTH, length.into())),
         None if want.sha256.is_none() && params::has_member(&parts.headers, header::TE, "trailers") => {
             trailer = true;

@@ -9,6 +9,7 @@ mod connection;
 mod error;
 mod exchange;
 mod fetch;
+mod framing;
 mod params;
 mod sendfile;
 mod system;

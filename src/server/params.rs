@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use http::{HeaderMap, HeaderName, Uri, header};
+use http::{HeaderMap, HeaderName, Uri};
 use quick_cache::sync::Cache;
 
 use crate::{
@@ -165,13 +165,6 @@ pub(super) fn has_member(headers: &HeaderMap, name: HeaderName, member: &str) ->
 /// `Prefer: wait` (RFC 7240), with any value.
 pub(super) fn prefers_wait(headers: &HeaderMap) -> bool {
     has_member(headers, HeaderName::from_static("prefer"), "wait")
-}
-
-/// The request went through a proxy, which may turn a reset into a proper end.
-pub(super) fn is_proxied(headers: &HeaderMap) -> bool {
-    headers.contains_key(header::VIA)
-        || headers.contains_key(header::FORWARDED)
-        || headers.keys().any(|name| name.as_str().starts_with("x-forwarded-"))
 }
 
 #[cfg(test)]

@@ -22,14 +22,10 @@ pub enum Front {
     Direct,
     /// nginx with one `proxy_pass` and no other setting: HTTP/1.0 behind it, buffered, and no sign that it is there.
     NginxDefaults,
-    /// The same, asking for whole artifacts (`Prefer: wait`).
-    NginxWaiting,
     /// nginx as it should be: HTTP/1.1, unbuffered, naming the client.
     Nginx,
     /// Caddy with TLS by its internal authority.
     Caddy,
-    /// The same, asking for whole artifacts (`Prefer: wait`).
-    CaddyWaiting,
 }
 
 impl Front {
@@ -37,14 +33,9 @@ impl Front {
     pub fn program(self) -> Option<&'static str> {
         match self {
             Front::Direct => None,
-            Front::NginxDefaults | Front::NginxWaiting | Front::Nginx => Some("nginx"),
-            Front::Caddy | Front::CaddyWaiting => Some("caddy"),
+            Front::NginxDefaults | Front::Nginx => Some("nginx"),
+            Front::Caddy => Some("caddy"),
         }
-    }
-
-    /// Whether it asks the service not to stream.
-    pub fn waits(self) -> bool {
-        matches!(self, Front::NginxWaiting | Front::CaddyWaiting)
     }
 }
 
@@ -64,10 +55,10 @@ impl Proxy {
         let program = find(front.program()?)?;
         let dir = tempfile::tempdir().unwrap();
         let (address, config) = (free_address(), dir.path().join("config"));
-        let tls = matches!(front, Front::Caddy | Front::CaddyWaiting);
+        let tls = front == Front::Caddy;
         let mut command = Command::new(program);
         if tls {
-            fs::write(&config, caddy(front, address, service, dir.path())).unwrap();
+            fs::write(&config, caddy(address, service, dir.path())).unwrap();
             command.args(["run", "--adapter", "caddyfile", "--config"]).arg(&config);
         } else {
             fs::write(&config, nginx(front, address, service, dir.path())).unwrap();
@@ -139,7 +130,6 @@ fn nginx(front: Front, address: SocketAddr, service: SocketAddr, dir: &Path) -> 
             proxy_buffering off;
             proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
         }
-        Front::NginxWaiting => "proxy_set_header Prefer wait;",
         _ => "",
     };
     format!(
@@ -166,7 +156,7 @@ http {{
     )
 }
 
-fn caddy(front: Front, address: SocketAddr, service: SocketAddr, dir: &Path) -> String {
+fn caddy(address: SocketAddr, service: SocketAddr, dir: &Path) -> String {
     format!(
         "{{
     admin off
@@ -177,12 +167,9 @@ fn caddy(front: Front, address: SocketAddr, service: SocketAddr, dir: &Path) -> 
 https://{address} {{
     bind {ip}
     tls internal
-    reverse_proxy {service} {{
-        {settings}
-    }}
+    reverse_proxy {service}
 }}
 ",
-        settings = if front.waits() { "header_up Prefer wait" } else { "" },
         dir = dir.display(),
         ip = address.ip(),
     )

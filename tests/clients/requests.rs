@@ -56,25 +56,25 @@ on_each_front! {
 }
 
 on_each_broken_stream! {
-    fn newest_content_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn newest_content_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, newest(), "requests_content");
     }
 }
 
 on_each_broken_stream! {
-    fn newest_stream_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn newest_stream_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, newest(), "requests_stream");
     }
 }
 
 on_each_broken_stream! {
-    takes_short_for_whole: fn debians_content_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn debians_content_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, debians(), "requests_content");
     }
 }
 
 on_each_broken_stream! {
-    takes_short_for_whole: fn debians_stream_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn debians_stream_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, debians(), "requests_stream");
     }
 }

@@ -43,19 +43,19 @@ on_each_front! {
 }
 
 on_each_broken_stream! {
-    fn urlopen_read_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn urlopen_read_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, "urlopen_read");
     }
 }
 
 on_each_broken_stream! {
-    fn urlretrieve_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn urlretrieve_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, "urlretrieve");
     }
 }
 
 on_each_broken_stream! {
-    takes_short_for_whole: fn copyfileobj_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
+    careless: fn copyfileobj_refuses_a_streamed_miss_with_a_wrong_checksum(stage: &Stage) {
         refuses(stage, "copyfileobj");
     }
 }
