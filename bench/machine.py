@@ -1,0 +1,183 @@
+"""The machine under the benchmark: installing what is missing, pinning, and what processes cost."""
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+PACKAGES = {
+    "nginx": "nginx",
+    "varnishd": "varnish",
+    "squid": "squid",
+    "caddy": "caddy",
+    "traffic_server": "trafficserver",
+    "wrk": "wrk",
+}
+VERSION_OF = {
+    "nginx": ["nginx", "-v"],
+    "Varnish": ["varnishd", "-V"],
+    "Squid": ["squid", "-v"],
+    "Traffic Server": ["traffic_server", "--version"],
+    "Caddy": ["caddy", "version"],
+    "wrk": ["wrk", "-v"],
+    "curl": ["curl", "--version"],
+}
+POLICY = Path("/usr/sbin/policy-rc.d")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def which(program):
+    """The program's path; Debian keeps servers where an ordinary user's PATH doesn't look."""
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def install_missing():
+    """Installs what is missing by apt, without starting any service; names it when that isn't possible."""
+    missing = [package for program, package in PACKAGES.items() if not which(program)]
+    if not missing:
+        return
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        print("missing:", " ".join(missing), "; as root:", " ".join(command))
+        return
+    print("installing:", " ".join(missing), flush=True)
+    ours = not POLICY.exists()
+    if ours:
+        # Debian's way to say that packages must not start their services.
+        POLICY.write_text("#!/bin/sh\nexit 101\n")
+        POLICY.chmod(0o755)
+    try:
+        quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
+        subprocess.run(["apt-get", "update"], check=False, **quiet)
+        subprocess.run(command, check=False, **quiet)
+    finally:
+        if ours:
+            POLICY.unlink()
+
+
+def build(project):
+    """The service as it is shipped, built if it must be."""
+    subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=project, check=True)
+    return Path(os.environ.get("CARGO_TARGET_DIR", project / "target")) / "release" / "artifact-cache"
+
+
+def describe():
+    """The machine and the versions, as a list of (name, text)."""
+    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PHYS_PAGES") * PAGE / 2**30
+    facts = [("Processor", f"{cpu}, {os.cpu_count()} cores"), ("Memory", f"{memory:.0f} GiB"),
+             ("Kernel", platform.release()), ("Date", time.strftime("%Y-%m-%d"))]
+    for name, command in VERSION_OF.items():
+        program = which(command[0])
+        if program:
+            said = subprocess.run([program, *command[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, check=False).stdout.strip()
+            facts.append((name, said.splitlines()[0][:60] if said else "?"))
+    return facts
+
+
+CORES = {"server": 0, "client": 1}
+HAS_CORES = (os.cpu_count() or 1) >= len(CORES)
+
+
+def pinned(side, command):
+    """The command on the core of its side: servers on 0, clients and the origin on 1."""
+    return ["taskset", "-c", str(CORES[side]), *command] if HAS_CORES else list(command)
+
+
+def pin(pid, side):
+    """Puts every thread back on its core: Traffic Server's spread themselves over all there are."""
+    for each in family(pid) if HAS_CORES else ():
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{each}/task"):
+                os.sched_setaffinity(int(task), {CORES[side]})
+
+
+def free_port():
+    """A port that nobody listens on now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def family(pid):
+    """The process and all below it."""
+    pids = [pid]
+    for parent in pids:
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{parent}/task"):
+                pids += map(int, Path(f"/proc/{parent}/task/{task}/children").read_text().split())
+    return pids
+
+
+def cpu_seconds(pid):
+    """User and system time of the process and all below it, in seconds, to 10 ms."""
+    ticks = 0
+    for each in family(pid):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / TICK
+
+
+def anonymous_mib(pid):
+    """Resident anonymous memory of the process and all below it."""
+    kib = 0
+    for each in family(pid):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{each}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    kib += int(line.split()[1])
+    return kib / 1024
+
+
+class Watch:
+    """What a server costs while the `with` block runs: `cpu` seconds and `anon` MiB at the peak (every 50 ms)."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def __enter__(self):
+        self.anon = anonymous_mib(self.pid)
+        self._cpu = cpu_seconds(self.pid)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self):
+        while not self._over.wait(0.05):
+            self.anon = max(self.anon, anonymous_mib(self.pid))
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+        self.cpu = cpu_seconds(self.pid) - self._cpu
+        self.anon = max(self.anon, anonymous_mib(self.pid))
+
+
+def forget_pages(paths):
+    """Drops files from the page cache, as far as the kernel agrees; what is dirty is written first."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def files_below(directory, at_least=0):
+    """Every file below a directory that has at least so many bytes."""
+    for path in Path(directory).rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_size >= at_least:
+                yield path
