@@ -242,31 +242,29 @@ impl Blobs {
         let mut shard = self.shard(digest);
         let outer = self.base.join(format!("{first:02x}"));
         let inner = outer.join(format!("{second:02x}"));
-        if !shard.durable {
-            make_dir(&outer)?;
-            sync_dir(&self.base)?;
-            shard.durable = true;
-        }
-        let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
-        if shard.durable_children[word] & bit == 0 {
-            make_dir(&inner)?;
-            sync_dir(&outer)?;
-            shard.durable_children[word] |= bit;
-        }
         let to = self.path(digest);
         let replaced = fs::symlink_metadata(&to).is_ok();
         match written.file().rename_to(&to) {
-            // An operator removed the directory under us.
+            // Its directory is new, or an operator removed it.
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 *shard = Shard::default();
                 fs::create_dir_all(&inner)?;
-                sync_dir(&self.base)?;
-                sync_dir(&outer)?;
                 written.file().rename_to(&to)?;
             }
             done => done?,
         }
+        // From the inside out: the first sync commits what the others are about on most file systems, which makes
+        // them cheap.
         sync_dir(&inner)?;
+        let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
+        if shard.durable_children[word] & bit == 0 {
+            sync_dir(&outer)?;
+            shard.durable_children[word] |= bit;
+        }
+        if !shard.durable {
+            sync_dir(&self.base)?;
+            shard.durable = true;
+        }
         Ok(replaced)
     }
 
@@ -325,13 +323,6 @@ impl Blobs {
 
     fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn make_dir(path: &Path) -> io::Result<()> {
-    match fs::create_dir(path) {
-        Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        done => done,
     }
 }
 

@@ -83,9 +83,10 @@ pub struct Logging {
 }
 
 /// How a log line looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
     /// One JSON object.
+    #[default]
     Json,
     /// For people.
     Text,

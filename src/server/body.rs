@@ -29,7 +29,12 @@ use crate::{
 pub(super) struct ResponseBody {
     kind: Kind,
     ending: Box<Ending>,
+    /// Bytes given out since others had a turn.
+    turn_bytes: u64,
 }
+
+/// After so many bytes a body lets others have their turn: a fast client of a large file must not keep a worker.
+const TURN_BYTES: u64 = 1 << 20;
 
 #[derive(Debug)]
 enum Kind {
@@ -98,7 +103,7 @@ impl Ending {
 impl ResponseBody {
     /// A small body that is all there.
     pub(super) fn full(body: impl Into<Bytes>) -> ResponseBody {
-        ResponseBody { kind: Kind::Full(body.into()), ending: Box::default() }
+        ResponseBody { kind: Kind::Full(body.into()), ending: Box::default(), turn_bytes: 0 }
     }
 
     pub(super) fn empty() -> ResponseBody {
@@ -121,6 +126,7 @@ impl ResponseBody {
         ResponseBody {
             kind: Kind::Artifact(Artifact { segments, connection: connection.clone(), trailer }),
             ending,
+            turn_bytes: 0,
         }
     }
 
@@ -195,6 +201,7 @@ impl ResponseBody {
             Given::Text(text) => return Piece::Bytes(text),
             Given::Artifact(chunk) => chunk,
         };
+        self.turn_bytes += chunk.len();
         if let Some(exchange) = &mut self.ending.exchange {
             exchange.gave(chunk.len());
         }
@@ -239,6 +246,11 @@ impl http_body::Body for ResponseBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Piece>, Broken>>> {
         let this = self.get_mut();
+        if this.turn_bytes >= TURN_BYTES {
+            this.turn_bytes = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let given = match (&mut this.kind, &mut this.ending.served) {
             (Kind::Full(bytes), _) => {
                 let bytes = std::mem::take(bytes);

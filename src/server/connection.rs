@@ -47,6 +47,8 @@ pub(super) struct Registry {
 #[derive(Debug)]
 pub(super) struct Connection {
     peer: SocketAddr,
+    /// The same as text, for the log.
+    peer_text: String,
     started: Instant,
     /// When it last began to wait for a request.
     idle_since: AtomicU64,
@@ -103,6 +105,7 @@ impl Registry {
         stream.set_nodelay(true)?;
         let connection = Arc::new(Connection {
             peer,
+            peer_text: peer.to_string(),
             started: self.started,
             idle_since: AtomicU64::new(0),
             head_since: AtomicU64::new(0),
@@ -185,6 +188,11 @@ impl Connection {
     /// The other end.
     pub(super) fn peer(&self) -> SocketAddr {
         self.peer
+    }
+
+    /// The other end, as the log shows it.
+    pub(super) fn peer_text(&self) -> &str {
+        &self.peer_text
     }
 
     /// A request's head is complete.

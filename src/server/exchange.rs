@@ -9,7 +9,7 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue};
 use ipnet::IpNet;
 
-use super::App;
+use super::{App, connection::Connection};
 use crate::{
     artifact::{CacheStatus, SourceUrl},
     cache::Broken,
@@ -25,7 +25,9 @@ const MAX_REQUEST_ID_BYTES: usize = 128;
 pub(super) struct Exchange {
     app: Arc<App>,
     asked: Instant,
-    client: Client,
+    connection: Arc<Connection>,
+    /// The client's address, as a trusted proxy says.
+    forwarded: Option<IpAddr>,
     request_id: HeaderValue,
     url: Option<SourceUrl>,
     ending: Ending,
@@ -44,17 +46,10 @@ enum Ending {
     },
 }
 
-#[derive(Debug, Clone, Copy)]
-enum Client {
-    Direct(SocketAddr),
-    /// As a trusted proxy says.
-    Forwarded(IpAddr),
-}
-
 impl Exchange {
     pub(super) fn begin(
         app: &Arc<App>,
-        peer: SocketAddr,
+        connection: &Arc<Connection>,
         headers: &HeaderMap,
         request_id: HeaderValue,
         asked: Instant,
@@ -62,7 +57,8 @@ impl Exchange {
         Exchange {
             app: app.clone(),
             asked,
-            client: client(peer, headers, &app.config.server.trusted_proxies),
+            connection: connection.clone(),
+            forwarded: forwarded_for(connection.peer(), headers, &app.config.server.trusted_proxies),
             request_id,
             url: None,
             ending: Ending::Unanswered,
@@ -115,11 +111,8 @@ impl Drop for Exchange {
         let duration_ms = took.as_millis() as u64;
         let size_bytes = self.body_bytes;
         let request_id = self.request_id.to_str().unwrap_or_default();
-        let client_ip = match self.client {
-            Client::Direct(address) => address.to_string(),
-            Client::Forwarded(address) => address.to_string(),
-        };
-        let client_ip = client_ip.as_str();
+        let forwarded = self.forwarded.map(|address| address.to_string());
+        let client_ip = forwarded.as_deref().unwrap_or(self.connection.peer_text());
         match &self.ending {
             Ending::Answered(CacheStatus::Hit) => {
                 tracing::info!(source_url, size_bytes, duration_ms, client_ip, request_id, "cache HIT");
@@ -141,11 +134,11 @@ impl Drop for Exchange {
 
 /// The client's address: the last one in `X-Forwarded-For` that was not put there by a trusted proxy, if the connection
 /// itself comes from one.
-fn client(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Client {
+fn forwarded_for(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Option<IpAddr> {
     let is_trusted =
         |address: IpAddr| trusted.iter().any(|network| network.contains(&address.to_canonical()));
     if !is_trusted(peer.ip()) {
-        return Client::Direct(peer);
+        return None;
     }
     let mut last = None;
     let values = headers.get_all(&X_FORWARDED_FOR);
@@ -158,7 +151,7 @@ fn client(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Client {
             break;
         }
     }
-    last.map_or(Client::Direct(peer), Client::Forwarded)
+    last
 }
 
 /// The client's own, if it can be logged and returned as it is, or a new one.
@@ -181,10 +174,8 @@ mod tests {
         let trusted: Vec<IpNet> = vec!["127.0.0.1/32".parse().unwrap(), "10.0.0.0/8".parse().unwrap()];
         let show = |peer: &str, forwarded: &str| {
             let headers = HeaderMap::from_iter([(X_FORWARDED_FOR.clone(), forwarded.parse().unwrap())]);
-            match client(peer.parse().unwrap(), &headers, &trusted) {
-                Client::Direct(address) => address.to_string(),
-                Client::Forwarded(address) => address.to_string(),
-            }
+            let forwarded = forwarded_for(peer.parse().unwrap(), &headers, &trusted);
+            forwarded.map_or(peer.to_owned(), |address| address.to_string())
         };
         assert_eq!(show("192.0.2.9:5", "198.51.100.1"), "192.0.2.9:5");
         assert_eq!(show("127.0.0.1:5", "198.51.100.1"), "198.51.100.1");

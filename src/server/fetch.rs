@@ -36,7 +36,7 @@ pub(super) async fn fetch(
 ) -> Response<ResponseBody> {
     let asked = Instant::now();
     let (parts, _) = request.into_parts();
-    let mut exchange = Exchange::begin(app, connection.peer(), &parts.headers, request_id, asked);
+    let mut exchange = Exchange::begin(app, connection, &parts.headers, request_id, asked);
     let mut response = match answer(app, connection, &parts, &mut exchange, asked).await {
         Ok(response) => response,
         Err(refusal) => {

@@ -1,41 +1,36 @@
 //! Log lines: one flat JSON object (or a line of text) per event, written by a thread of its own.
 //!
-//! A slow or broken log sink must never fail or delay a request, so lines wait in a bounded queue and are dropped,
-//! and counted, when it is full. A clean stop loses none: dropping the [`LogGuard`] writes what is queued.
-//!
-//! The layer is our own because a request line is on the hot path: it formats straight into a buffer that each
+//! The layer is our own because a request's line is on the hot path: it formats straight into a buffer that each
 //! thread keeps, without building a tree of values first. Spans are not used.
 
-use std::{cell::RefCell, fmt, fs::File, io::BufWriter, io::Write, os::fd::AsFd};
+use std::{cell::RefCell, fmt, fs::File, io::Write, os::fd::AsFd, time::SystemTime};
 
 use tracing::{
     Event, Level, Subscriber,
     field::{Field, Visit},
 };
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{
     Layer, Registry,
     filter::LevelFilter,
     layer::{Context, SubscriberExt},
 };
 
+use super::sink::{Sink, SinkGuard};
 use crate::config::{LogFormat, Logging};
 
-/// Lines that may wait for the sink; past that they are dropped and counted.
-const QUEUE_LINES: usize = 65_536;
-
-/// Keeps the log's thread alive; dropping it writes out all that is queued.
+/// Keeps the log's thread alive; dropping it writes out all that is waiting.
 #[must_use]
+#[derive(Debug)]
 pub struct LogGuard {
-    _worker: WorkerGuard,
-    dropped: ErrorCounter,
+    sink: Sink,
+    _thread: SinkGuard,
 }
 
 impl LogGuard {
-    /// Counts the lines that found the queue full.
+    /// Counts the lines that found no room.
     pub fn dropped_lines(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
-        let counter = self.dropped.clone();
-        move || counter.dropped_lines() as u64
+        let sink = self.sink.clone();
+        move || sink.dropped()
     }
 }
 
@@ -44,26 +39,20 @@ impl LogGuard {
 /// # Errors
 /// When standard output can't be duplicated, or a subscriber is already set.
 pub fn init(config: &Logging) -> Result<LogGuard, Box<dyn std::error::Error>> {
-    // Not std's `Stdout`: that writes each line by itself, this one a batch at a time.
-    let sink = BufWriter::new(File::from(std::io::stdout().as_fd().try_clone_to_owned()?));
-    let (queue, worker) = NonBlockingBuilder::default()
-        .lossy(true)
-        .buffered_lines_limit(QUEUE_LINES)
-        .thread_name("log")
-        .finish(sink);
-    let dropped = queue.error_counter();
-    let layer = FlatLayer { queue, format: config.format }.with_filter(LevelFilter::from_level(config.level));
+    let (sink, thread) = Sink::start(File::from(std::io::stdout().as_fd().try_clone_to_owned()?))?;
+    let layer = FlatLayer { sink: sink.clone(), format: config.format };
+    let layer = layer.with_filter(LevelFilter::from_level(config.level));
     tracing::subscriber::set_global_default(Registry::default().with(layer))?;
-    Ok(LogGuard { _worker: worker, dropped })
+    Ok(LogGuard { sink, _thread: thread })
 }
 
 struct FlatLayer {
-    queue: NonBlocking,
+    sink: Sink,
     format: LogFormat,
 }
 
 thread_local! {
-    static LINE: RefCell<Line> = const { RefCell::new(Line { head: Vec::new(), fields: Vec::new(), format: LogFormat::Json }) };
+    static LINE: RefCell<Line> = RefCell::default();
 }
 
 impl<S: Subscriber> Layer<S> for FlatLayer {
@@ -71,17 +60,41 @@ impl<S: Subscriber> Layer<S> for FlatLayer {
         LINE.with_borrow_mut(|line| {
             line.begin(self.format, *event.metadata().level());
             event.record(line);
-            // A full queue is counted by the queue itself.
-            let _ = self.queue.clone().write(line.finish());
+            self.sink.write(line.finish());
         });
     }
 }
 
 /// One line in the making: time, level and message in `head`, everything else in `fields`.
+#[derive(Default)]
 struct Line {
     head: Vec<u8>,
     fields: Vec<u8>,
     format: LogFormat,
+    clock: Clock,
+}
+
+/// The time as text, made anew once a second.
+#[derive(Default)]
+struct Clock {
+    second: u64,
+    /// `YYYY-MM-DDTHH:MM:SS`
+    text: String,
+}
+
+impl Clock {
+    /// The time up to the second, and the milliseconds.
+    fn now(&mut self) -> (&str, u32) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        if now.as_secs() != self.second || self.text.is_empty() {
+            self.second = now.as_secs();
+            let whole = jiff::Timestamp::from_second(self.second as i64).unwrap_or_default();
+            self.text = format!("{whole:.0}");
+            // The Z comes after the milliseconds.
+            self.text.pop();
+        }
+        (&self.text, now.subsec_millis())
+    }
 }
 
 impl Line {
@@ -89,11 +102,11 @@ impl Line {
         self.head.clear();
         self.fields.clear();
         self.format = format;
-        let now = jiff::Timestamp::now();
+        let (time, millis) = self.clock.now();
         // Writing to a Vec can't fail.
         let _ = match format {
-            LogFormat::Json => write!(self.head, r#"{{"time":"{now:.3}","level":"{level}""#),
-            LogFormat::Text => write!(self.head, "{now:.3} {level:>5}"),
+            LogFormat::Json => write!(self.head, r#"{{"time":"{time}.{millis:03}Z","level":"{level}""#),
+            LogFormat::Text => write!(self.head, "{time}.{millis:03}Z {level:>5}"),
         };
     }
 
@@ -134,6 +147,15 @@ impl Visit for Line {
         self.put(field, &value);
     }
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, &format!("{value:?}"));
+        self.put(field, &Shown(value));
+    }
+}
+
+/// A value as its debug form says it.
+struct Shown<'a>(&'a dyn fmt::Debug);
+
+impl serde::Serialize for Shown<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:?}", self.0))
     }
 }

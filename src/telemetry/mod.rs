@@ -2,6 +2,7 @@
 
 pub mod log;
 pub mod metrics;
+mod sink;
 
 pub use log::{LogGuard, init};
 pub use metrics::Metrics;
