@@ -277,6 +277,9 @@ impl<'a> Download<'a> {
             self.lineage += 1;
         }
         if unvalidated && !self.flight.is_expected(written.digest) {
+            // Whoever has got bytes of this mixture must not get any of what comes next.
+            self.flight.suspend();
+            self.lineage += 1;
             let message = "Upstream's content changed while it was downloaded".to_owned();
             let error = Error::Upstream { status: None, source_url: self.url(), message, retry_after: None };
             return Err(Failure { error, retry: Retry::FromTheStart });

@@ -98,8 +98,8 @@ pub struct Growing {
 /// What the lookup found.
 enum Found {
     Held(Arc<Stored>),
-    /// A row whose file is gone or damaged.
-    Lost,
+    /// A row whose file is gone or damaged, and how.
+    Lost(String),
     Unknown,
 }
 
@@ -140,7 +140,7 @@ impl Cache {
     pub fn peek(&self, want: &Want) -> Result<Option<Arc<Stored>>, Error> {
         match self.look_up(want.url.key())? {
             Found::Held(stored) => self.check(want, &stored.version).map(|()| Some(stored)),
-            Found::Lost | Found::Unknown => Ok(None),
+            Found::Lost(_) | Found::Unknown => Ok(None),
         }
     }
 
@@ -167,6 +167,14 @@ impl Cache {
             let early = matches!(found, Found::Unknown);
             let joined = self.inflight.join(&want.url, want.sha256, early);
             if joined.leads {
+                if let Found::Lost(problem) = found {
+                    self.metrics.blobs_corrupt.inc();
+                    tracing::warn!(
+                        source_url = %want.url.masked(),
+                        problem,
+                        "stored file lost, will be fetched again"
+                    );
+                }
                 self.start(joined.flight.clone());
             } else {
                 self.metrics.collapsed_requests.inc();
@@ -243,21 +251,18 @@ impl Cache {
     /// Opens a known artifact's file and remembers both.
     fn hold(&self, key: &str, artifact: Artifact, generation: u64) -> Result<Found, Error> {
         let Version { digest, size, .. } = artifact.version;
-        let problem = match self.blobs.open_blob(digest, size)? {
+        Ok(match self.blobs.open_blob(digest, size)? {
             Held::Whole(file) => {
                 let stored = Arc::new(Stored::new(artifact, Arc::new(file)));
                 self.front.put(key, stored.clone(), generation);
-                return Ok(Found::Held(stored));
+                Found::Held(stored)
             }
-            Held::Missing => "is missing".to_owned(),
-            Held::Damaged(how) => {
+            Held::Missing => Found::Lost("is missing".to_owned()),
+            Held::Damaged(problem) => {
                 self.blobs.quarantine(digest, size)?;
-                how
+                Found::Lost(problem)
             }
-        };
-        self.metrics.blobs_corrupt.inc();
-        tracing::warn!(digest = %digest, problem, "stored file lost, will be fetched again");
-        Ok(Found::Lost)
+        })
     }
 
     fn check(&self, want: &Want, version: &Version) -> Result<(), Error> {

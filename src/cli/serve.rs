@@ -27,6 +27,8 @@ use crate::{
 
 /// Read when it is there and no other file is named.
 const DEFAULT_CONFIG: &str = "config.yaml";
+/// Threads for waiting, beside those of downloads.
+const BLOCKING_THREADS: usize = 256;
 /// How long the ends of abandoned downloads may keep the process.
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
 
@@ -40,7 +42,12 @@ pub(super) fn serve(config: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
     let config = Config::load(file.as_deref(), env)?;
     let log = telemetry::init(&config.logging)?;
     raise_descriptor_limit();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // Each download has a thread that writes; the others are for what waits for the disk now and then.
+    let blocking_threads = config.upstream.max_downloads.saturating_add(BLOCKING_THREADS);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .max_blocking_threads(blocking_threads)
+        .build()?;
     let metrics = Metrics::new(log.dropped_lines());
     let served = runtime.block_on(run(config, file.as_deref(), metrics));
     runtime.shutdown_timeout(RUNTIME_GRACE);

@@ -102,7 +102,8 @@ impl Registry {
             }
         };
         // Answers are written whole; waiting to fill a packet would only delay their ends.
-        stream.set_nodelay(true)?;
+        // It only fails on a connection that is gone already.
+        let _ = stream.set_nodelay(true);
         let connection = Arc::new(Connection {
             peer,
             peer_text: peer.to_string(),

@@ -325,3 +325,34 @@ fn a_200_of_another_length_resets_the_followers() {
     eventually("the longer one is kept", || (service.stats()["total_items"] == 1).then_some(()));
     service.fetch(&url).assert_ok(&long.bytes());
 }
+
+#[test]
+fn a_mixture_that_was_streamed_never_becomes_whole() {
+    let (up, service, gate) = (Upstream::start(), Service::new().streaming().start(), Gate::new());
+    let (content, other) = (Content::new(64, SIZE), Content::new(65, SIZE));
+    let (right, wrong, door) = (content.clone(), other, gate.clone());
+    // Without a validator the second attempt continues one content with another, which only the digest can tell.
+    let url = up.on("/mixture", move |x| match x.attempt {
+        1 => {
+            x.send(&Reply::ok(&right).head(200, 0))?;
+            x.body(&right, 0, CUT)
+        }
+        2 => {
+            let start = x.range_start().expect("it resumes");
+            x.send(&Reply::ok(&wrong).head(206, start))?;
+            x.body(&wrong, start, SIZE - 1)?;
+            door.wait();
+            x.body(&wrong, SIZE - 1, SIZE)
+        }
+        _ => x.reply(&Reply::ok(&right)),
+    });
+    let mut client = service.connect();
+    client.request("GET", &fetch_sha_target(&url, &content.sha256()), &[]);
+    assert_eq!(client.head().status(), 200);
+    // The client has got bytes of both; then the right content comes, whole, with the digest it asked for.
+    client.take((SIZE - (64 << 10)) as usize);
+    gate.open();
+    assert_ne!(client.end(), End::Complete, "half of one content and half of another passed for whole");
+    eventually("the right content is stored", || (service.stats()["total_items"] == 1).then_some(()));
+    service.fetch_sha(&url, &content.sha256()).assert_ok(&content.bytes());
+}
