@@ -61,6 +61,39 @@ pub enum Streaming {
     Always,
 }
 
+/// A request's name in the log: visible ASCII. Cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestId(http::HeaderValue);
+
+impl RequestId {
+    /// The longest that a client may choose.
+    pub const MAX_BYTES: usize = 128;
+
+    /// Takes a client's own, if it can be logged and returned as it is.
+    pub fn accept(value: &http::HeaderValue) -> Option<RequestId> {
+        let bytes = value.as_bytes();
+        let is_fit =
+            !bytes.is_empty() && bytes.len() <= Self::MAX_BYTES && bytes.iter().all(u8::is_ascii_graphic);
+        is_fit.then(|| RequestId(value.clone()))
+    }
+
+    /// Makes a new one.
+    pub fn random() -> RequestId {
+        let id = format!("{:016x}", fastrand::u64(..));
+        RequestId(http::HeaderValue::try_from(id).unwrap_or_else(|_| http::HeaderValue::from_static("-")))
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        self.0.to_str().unwrap_or("-")
+    }
+
+    /// As a header's value.
+    pub fn to_header(&self) -> http::HeaderValue {
+        self.0.clone()
+    }
+}
+
 /// What one client asks for.
 #[derive(Debug, Clone)]
 pub struct Want {
@@ -74,6 +107,8 @@ pub struct Want {
     pub no_cache: bool,
     /// Never download (`Cache-Control: only-if-cached`).
     pub only_if_cached: bool,
+    /// What the log calls this request, and what comes of it.
+    pub request_id: RequestId,
 }
 
 #[cfg(test)]

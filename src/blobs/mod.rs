@@ -33,7 +33,7 @@ const SPOOL_DIR: &str = ".spool";
 const QUARANTINE_DIR: &str = ".quarantine";
 const LOCK_FILE: &str = ".lock";
 /// Bytes of all downloads together that may wait for the disk.
-const SPOOL_POOL_BYTES: usize = 24 << 20;
+const SPOOL_POOL_BYTES: usize = 16 << 20;
 
 /// Why a store can't be opened; the text names the path and the cure.
 #[derive(Debug, thiserror::Error)]
@@ -222,10 +222,9 @@ impl Blobs {
     pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Published, Error> {
         let blobs = self.clone();
         tokio::task::spawn_blocking(move || {
-            let replaced = blobs.publish_now(&written).map_err(|cause| {
-                tracing::error!(error = %cause, digest = %written.digest, "publishing failed");
-                Error::io("Failed to write to cache storage", &cause)
-            })?;
+            let replaced = blobs
+                .publish_now(&written)
+                .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
             Ok(Published { file: written.file().clone(), replaced })
         })
         .await
@@ -242,13 +241,17 @@ impl Blobs {
         let mut shard = self.shard(digest);
         let outer = self.base.join(format!("{first:02x}"));
         let inner = outer.join(format!("{second:02x}"));
+        let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
         let to = self.path(digest);
         let replaced = fs::symlink_metadata(&to).is_ok();
         match written.file().rename_to(&to) {
             // Its directory is new, or an operator removed it.
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
-                *shard = Shard::default();
-                fs::create_dir_all(&inner)?;
+                shard.durable_children[word] &= !bit;
+                if fs::create_dir(&inner).is_err() {
+                    *shard = Shard::default();
+                    fs::create_dir_all(&inner)?;
+                }
                 written.file().rename_to(&to)?;
             }
             done => done?,
@@ -256,7 +259,6 @@ impl Blobs {
         // From the inside out: the first sync commits what the others are about on most file systems, which makes
         // them cheap.
         sync_dir(&inner)?;
-        let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
         if shard.durable_children[word] & bit == 0 {
             sync_dir(&outer)?;
             shard.durable_children[word] |= bit;

@@ -26,7 +26,7 @@ const CLASSES: [(usize, usize); 3] = [(256 << 10, 12 << 20), (64 << 10, 20 << 20
 const REFER_FROM: u64 = 8 << 10;
 /// The longest part of a file that is given out at once.
 const REFER_BYTES: u64 = 512 << 10;
-const PROBE_EVERY: usize = 128 << 10;
+const PROBE_EVERY: u64 = 16 << 10;
 /// Bytes of unused buffers kept for the next read.
 const KEEP_BYTES: usize = 12 << 20;
 
@@ -166,8 +166,13 @@ impl Reader {
     pub fn poll_read(&mut self, cx: &mut Context<'_>, end: u64) -> Poll<io::Result<Chunk>> {
         if self.pending.is_none() {
             let wanted = end.saturating_sub(self.offset);
-            let refer = wanted.min(REFER_BYTES);
-            if self.mode == Mode::Refer && wanted >= REFER_FROM && is_cached(&self.file, self.offset, refer) {
+            let refer = match self.mode {
+                Mode::Refer if wanted >= REFER_FROM => {
+                    cached(&self.file, self.offset, wanted.min(REFER_BYTES))
+                }
+                _ => 0,
+            };
+            if refer > 0 {
                 let range = FileRange { file: self.file.clone(), offset: self.offset, length: refer };
                 self.offset += refer;
                 return Poll::Ready(Ok(Chunk::Cached(range)));
@@ -205,15 +210,23 @@ impl Reader {
     }
 }
 
-/// Whether the page cache has these bytes, as far as a byte in every so many can tell: the kernel reads ahead in larger
-/// steps. If it is wrong, somebody waits once.
-fn is_cached(file: &File, offset: u64, length: u64) -> bool {
-    let probe = |at: u64| {
+/// How many bytes from `offset` on the page cache has, up to `most`, as far as a byte in every so many can tell: the
+/// kernel reads in larger steps. If it is wrong, somebody waits once.
+fn cached(file: &File, offset: u64, most: u64) -> u64 {
+    let has = |at: u64| {
         let mut byte = [0];
         let space = &mut [IoSliceMut::new(&mut byte)];
         matches!(rustix::io::preadv2(file, space, at, ReadWriteFlags::NOWAIT), Ok(1))
     };
-    (offset..offset + length).step_by(PROBE_EVERY).all(probe) && probe(offset + length - 1)
+    let mut length = 0;
+    while length < most {
+        let step = PROBE_EVERY.min(most - length);
+        if !has(offset + length) || !has(offset + length + step - 1) {
+            break;
+        }
+        length += step;
+    }
+    length
 }
 
 /// What the page cache has at once; gives the buffer back when that is nothing, or the file system can't tell.

@@ -28,7 +28,7 @@ use crate::{
 /// An attempt that brought less than this counts as one more failure in a row.
 const PROGRESS_BYTES: u64 = 1 << 20;
 /// The first pause between attempts; each further one is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const FIRST_PAUSE: Duration = Duration::from_millis(400);
 /// All pauses between attempts without progress together.
 const LONGEST_PAUSES: Duration = Duration::from_secs(3);
 
@@ -142,7 +142,9 @@ impl<'a> Download<'a> {
             if failures > limits.max_retries || self.progress.elapsed() >= limits.timeout {
                 return Err(failure.error);
             }
-            tracing::debug!(source_url = %self.flight.url.masked(), error = %failure.error, "attempt failed, trying again");
+            let (source_url, received) = (self.flight.url.masked(), self.high_water);
+            let request_id = self.flight.request_id.as_str();
+            tracing::warn!(%source_url, error = %failure.error, received, request_id, "attempt failed, trying again");
             self.cache.metrics.upstream_retries.inc();
             let pause = named.unwrap_or_else(|| pause(failures).min(LONGEST_PAUSES.saturating_sub(paused)));
             paused += pause;
@@ -338,7 +340,7 @@ fn enter_receiving(flight: &Flight, part: &Part, lineage: u64) {
 /// Exponential with jitter, so that many clients of one broken upstream don't return in step.
 fn pause(failures: u32) -> Duration {
     let longest = FIRST_PAUSE * 2u32.saturating_pow(failures.saturating_sub(1)).min(16);
-    longest.mul_f64(0.5 + 0.5 * fastrand::f64())
+    longest.mul_f64(0.75 + 0.25 * fastrand::f64())
 }
 
 /// Our own failures are final: trying again needs the same disk.

@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 use super::front::Stored;
 use crate::{
-    artifact::{Digest, SourceUrl},
+    artifact::{Digest, RequestId, SourceUrl, Want},
     blobs::SpoolFile,
     error::Error,
     upstream::Head,
@@ -67,6 +67,8 @@ impl Stage {
 #[derive(Debug)]
 pub(super) struct Flight {
     pub(super) url: SourceUrl,
+    /// Of the request that began it.
+    pub(super) request_id: RequestId,
     /// Clients may be answered before it has ended.
     pub(super) early: bool,
     stage: watch::Sender<Stage>,
@@ -155,7 +157,8 @@ impl Inflight {
     }
 
     /// Joins the flight for a URL, or begins one.
-    pub(super) fn join(&self, url: &SourceUrl, expected: Option<Digest>, early: bool) -> Joined {
+    pub(super) fn join(&self, want: &Want, early: bool) -> Joined {
+        let (url, expected) = (&want.url, want.sha256);
         let mut flights = self.flights();
         if let Some(flight) = flights.get(url.key()) {
             let mut wants = flight.wants();
@@ -167,6 +170,7 @@ impl Inflight {
         }
         let flight = Arc::new(Flight {
             url: url.clone(),
+            request_id: want.request_id.clone(),
             early,
             stage: watch::channel(Stage::Asking).0,
             released: AtomicU64::new(0),

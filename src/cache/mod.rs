@@ -165,13 +165,14 @@ impl Cache {
             self.recall_mismatch(want)?;
             // What replaces a damaged file must be proven before anybody sees a byte of it.
             let early = matches!(found, Found::Unknown);
-            let joined = self.inflight.join(&want.url, want.sha256, early);
+            let joined = self.inflight.join(want, early);
             if joined.leads {
                 if let Found::Lost(problem) = found {
                     self.metrics.blobs_corrupt.inc();
                     tracing::warn!(
                         source_url = %want.url.masked(),
                         problem,
+                        request_id = want.request_id.as_str(),
                         "stored file lost, will be fetched again"
                     );
                 }

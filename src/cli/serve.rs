@@ -57,11 +57,11 @@ pub(super) fn serve(config: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
 async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Result<(), Box<dyn Error>> {
     // Signals are caught from here on, so that one that comes early still ends things properly.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let listeners = bind(&config).await?;
     let blobs = Blobs::open(&config.storage)?;
     let readers = std::thread::available_parallelism().map_or(2, usize::from);
     let catalog = Catalog::open(&config.storage.database, readers)?;
     let upstream = Upstream::new(&config.upstream)?;
+    let listeners = bind(&config).await?;
     announce(&config, file, &listeners);
     let cache = Cache::new(&config, catalog, blobs, upstream, metrics.clone());
     let app = App::new(cache.clone(), metrics, config);

@@ -6,19 +6,18 @@ use std::{
     time::Instant,
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName};
 use ipnet::IpNet;
 
 use super::{App, connection::Connection};
 use crate::{
-    artifact::{CacheStatus, SourceUrl},
+    artifact::{CacheStatus, RequestId, SourceUrl},
     cache::Broken,
     telemetry::metrics::Outcome,
 };
 
 pub(super) static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const MAX_REQUEST_ID_BYTES: usize = 128;
 
 /// What is known of a request so far. Dropping it ends it: counts it and writes its line.
 #[derive(Debug)]
@@ -28,7 +27,7 @@ pub(super) struct Exchange {
     connection: Arc<Connection>,
     /// The client's address, as a trusted proxy says.
     forwarded: Option<IpAddr>,
-    request_id: HeaderValue,
+    request_id: RequestId,
     url: Option<SourceUrl>,
     ending: Ending,
     body_bytes: u64,
@@ -38,7 +37,10 @@ pub(super) struct Exchange {
 enum Ending {
     /// Not answered yet; if it stays so, the client left.
     Unanswered,
-    Answered(CacheStatus),
+    Answered {
+        status: CacheStatus,
+        collapsed: bool,
+    },
     Failed {
         code: &'static str,
         message: String,
@@ -51,7 +53,7 @@ impl Exchange {
         app: &Arc<App>,
         connection: &Arc<Connection>,
         headers: &HeaderMap,
-        request_id: HeaderValue,
+        request_id: RequestId,
         asked: Instant,
     ) -> Exchange {
         Exchange {
@@ -66,12 +68,16 @@ impl Exchange {
         }
     }
 
+    pub(super) fn request_id(&self) -> RequestId {
+        self.request_id.clone()
+    }
+
     pub(super) fn concerns(&mut self, url: SourceUrl) {
         self.url = Some(url);
     }
 
-    pub(super) fn answered(&mut self, status: CacheStatus) {
-        self.ending = Ending::Answered(status);
+    pub(super) fn answered(&mut self, status: CacheStatus, collapsed: bool) {
+        self.ending = Ending::Answered { status, collapsed };
     }
 
     /// `is_ours`: the client could not have avoided it.
@@ -100,8 +106,8 @@ impl Drop for Exchange {
         }
         let took = self.asked.elapsed();
         let outcome = match self.ending {
-            Ending::Answered(CacheStatus::Hit) => Outcome::Hit,
-            Ending::Answered(CacheStatus::Miss) => Outcome::Miss,
+            Ending::Answered { status: CacheStatus::Hit, .. } => Outcome::Hit,
+            Ending::Answered { status: CacheStatus::Miss, .. } => Outcome::Miss,
             Ending::Failed { code, .. } => Outcome::Error(code),
             Ending::Unanswered => Outcome::Error("broken_body"),
         };
@@ -110,16 +116,26 @@ impl Drop for Exchange {
         let source_url = source_url.as_deref();
         let duration_ms = took.as_millis() as u64;
         let size_bytes = self.body_bytes;
-        let request_id = self.request_id.to_str().unwrap_or_default();
+        let request_id = self.request_id.as_str();
         let forwarded = self.forwarded.map(|address| address.to_string());
         let client_ip = forwarded.as_deref().unwrap_or(self.connection.peer_text());
         match &self.ending {
-            Ending::Answered(CacheStatus::Hit) => {
+            Ending::Answered { status: CacheStatus::Hit, .. } => {
                 tracing::info!(source_url, size_bytes, duration_ms, client_ip, request_id, "cache HIT");
             }
-            Ending::Answered(CacheStatus::Miss) => {
+            Ending::Answered { status: CacheStatus::Miss, collapsed } => {
+                // Said only of those who joined another's download.
+                let collapsed = collapsed.then_some(true);
                 let message = "cache MISS - downloaded from upstream";
-                tracing::info!(source_url, size_bytes, duration_ms, client_ip, request_id, "{message}");
+                tracing::info!(
+                    source_url,
+                    size_bytes,
+                    duration_ms,
+                    client_ip,
+                    request_id,
+                    collapsed,
+                    "{message}"
+                );
             }
             Ending::Failed { code, message: error, is_ours: true } => {
                 tracing::error!(source_url, error, code, duration_ms, client_ip, request_id, "fetch failed");
@@ -154,15 +170,9 @@ fn forwarded_for(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Op
     last
 }
 
-/// The client's own, if it can be logged and returned as it is, or a new one.
-pub(super) fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let given = headers.get(&X_REQUEST_ID).filter(|id| {
-        !id.is_empty() && id.len() <= MAX_REQUEST_ID_BYTES && id.as_bytes().iter().all(u8::is_ascii_graphic)
-    });
-    given.cloned().unwrap_or_else(|| {
-        let id = format!("{:016x}", fastrand::u64(..));
-        HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static("-"))
-    })
+/// The client's own, or a new one.
+pub(super) fn request_id(headers: &HeaderMap) -> RequestId {
+    headers.get(&X_REQUEST_ID).and_then(RequestId::accept).unwrap_or_else(RequestId::random)
 }
 
 #[cfg(test)]

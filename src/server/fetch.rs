@@ -18,7 +18,7 @@ use super::{
     params,
 };
 use crate::{
-    artifact::{CacheStatus, Streaming, Want},
+    artifact::{CacheStatus, RequestId, Streaming, Want},
     blobs::Mode,
     cache::{Content, Fetched, Growing, Stored},
     error::Error,
@@ -32,7 +32,7 @@ pub(super) async fn fetch(
     app: &Arc<App>,
     connection: &Arc<Connection>,
     request: Request<Incoming>,
-    request_id: HeaderValue,
+    request_id: RequestId,
 ) -> Response<ResponseBody> {
     let asked = Instant::now();
     let (parts, _) = request.into_parts();
@@ -90,13 +90,14 @@ async fn answer(
             false => framing.streaming,
         },
         no_cache: params::has_member(headers, header::CACHE_CONTROL, "no-cache"),
+        request_id: exchange.request_id(),
         only_if_cached: params::has_member(headers, header::CACHE_CONTROL, "only-if-cached"),
     };
     if parts.method == Method::HEAD {
         return head(app, connection, parts, exchange, &want).await;
     }
     let Fetched { status, collapsed, content } = app.cache.fetch(&want, asked).await?;
-    exchange.answered(status);
+    exchange.answered(status, collapsed);
     let origin = Origin { status, collapsed, stored: true };
     match content {
         Content::Whole(stored) => whole(app, connection, parts, &want, origin, stored),
@@ -113,7 +114,7 @@ async fn head(
     want: &Want,
 ) -> Result<Response<ResponseBody>, Refusal> {
     if let Some(stored) = app.cache.peek(want)? {
-        exchange.answered(CacheStatus::Hit);
+        exchange.answered(CacheStatus::Hit, false);
         let origin = Origin { status: CacheStatus::Hit, collapsed: false, stored: true };
         return whole(app, connection, parts, want, origin, stored);
     }
@@ -121,7 +122,7 @@ async fn head(
         return Err(Error::NotCached { source_url: want.url.key().into() }.into());
     }
     let head = app.cache.probe(want).await?;
-    exchange.answered(CacheStatus::Miss);
+    exchange.answered(CacheStatus::Miss, false);
     let origin = Origin { status: CacheStatus::Miss, collapsed: false, stored: false };
     let mut response = Response::new(ResponseBody::empty());
     *response.headers_mut() = answer::announced(&head, want, origin);

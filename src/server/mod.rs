@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderValue, Method, Request, Response, header};
+use http::{Method, Request, Response, header};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -28,7 +28,7 @@ use hyper_util::{
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{cache::Cache, config::Config, telemetry::Metrics};
+use crate::{artifact::RequestId, cache::Cache, config::Config, telemetry::Metrics};
 use body::ResponseBody;
 use connection::{Connection, Registry, Socket};
 use error::Refusal;
@@ -179,7 +179,7 @@ async fn answer_or_panic(
         }
         refusal.into_response(as_problem)
     });
-    response.headers_mut().insert(exchange::X_REQUEST_ID.clone(), request_id);
+    response.headers_mut().insert(exchange::X_REQUEST_ID.clone(), request_id.to_header());
     response.body_mut().hold(busy);
     response
 }
@@ -190,7 +190,7 @@ async fn route(
     role: Role,
     connection: &Arc<Connection>,
     request: Request<Incoming>,
-    request_id: HeaderValue,
+    request_id: RequestId,
 ) -> Result<Response<ResponseBody>, Refusal> {
     let path = request.uri().path();
     let is_read = matches!(*request.method(), Method::GET | Method::HEAD);

@@ -10,7 +10,8 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use rustls::{
-    ClientConfig, RootCertStore, pki_types::CertificateDer, pki_types::ServerName, pki_types::pem::PemObject,
+    CertificateError, ClientConfig, RootCertStore, pki_types::CertificateDer, pki_types::ServerName,
+    pki_types::pem::PemObject,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -34,7 +35,7 @@ const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const MAX_HEADER_BYTES: usize = 64 * 1024;
 const MAX_HEADERS: usize = 200;
 /// Bytes read ahead for one download; also the size of the pieces that go to the spool.
-const READ_BUFFER_BYTES: usize = 256 * 1024;
+const READ_BUFFER_BYTES: usize = 128 * 1024;
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
@@ -234,8 +235,15 @@ impl Dialer {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(cause)) => {
                 // What rustls says of a certificate stays true; a broken connection may not happen again.
-                let is_final = cause.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
-                Err(failed(cause.to_string(), if is_final { Retry::Never } else { Retry::After(None) }))
+                let verdict = cause.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+                let retry = if verdict.is_some() { Retry::Never } else { Retry::After(None) };
+                let hint = match verdict {
+                    Some(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)) => {
+                        "; an authority of your own can be named in upstream.ca_file"
+                    }
+                    _ => "",
+                };
+                Err(failed(format!("{cause}{hint}"), retry))
             }
             Err(_) => Err(Failure::unavailable(source, "no answer to the TLS handshake in time".into())),
         }
