@@ -34,11 +34,12 @@ CREATE TABLE versions (
 );
 CREATE INDEX idx_versions_content_hash ON versions(content_hash);
 
--- Every file the store was given. Rows are never removed: a deleted blob keeps its row, with the time.
+-- Every file the store was given. Rows are never removed: a deleted blob keeps its row, with the time. 'missing' is what
+-- was found gone or damaged, until it is fetched again.
 CREATE TABLE blobs (
     content_hash TEXT NOT NULL PRIMARY KEY,
     file_size INTEGER NOT NULL,
-    state TEXT NOT NULL DEFAULT 'present' CHECK (state IN ('present', 'deleted', 'quarantined')),
+    state TEXT NOT NULL DEFAULT 'present' CHECK (state IN ('present', 'missing', 'deleted')),
     published_at TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP,
     verified_at TIMESTAMP,
     deleted_at TIMESTAMP

@@ -46,8 +46,8 @@ pub struct Version {
     pub etag: Option<String>,
     /// Upstream's date of the content.
     pub last_modified: Option<SystemTime>,
-    /// When this content was first recorded for the URL.
-    pub first_cached: SystemTime,
+    /// When the URL was last seen to have this content: never before it got it.
+    pub fetched: SystemTime,
 }
 
 /// Whether an answer may begin while its artifact is still being downloaded.

@@ -138,6 +138,22 @@ impl Spool {
         Ok(())
     }
 
+    /// Waits until the first `length` bytes, which were given to [`Spool::write`], can be read.
+    ///
+    /// # Errors
+    /// What the disk says; the spool is then lost.
+    pub async fn written(&mut self, length: u64) -> Result<(), Error> {
+        let mut watermark = self.file.0.watermark();
+        tokio::select! {
+            // The sender lives as long as the file, so this only ends well.
+            _ = watermark.wait_for(|written| *written >= length) => Ok(()),
+            ended = &mut self.thread => Err(match ended {
+                Ok(Err(cause)) => Error::io("Failed to write to cache storage", &cause),
+                _ => writer_gone(),
+            }),
+        }
+    }
+
     /// Bytes given to [`Spool::write`] so far.
     pub fn len(&self) -> u64 {
         self.sent

@@ -38,6 +38,8 @@ struct Part {
     spool: Spool,
     /// The spool before this one, and how much of it clients have got: to be compared before they get more.
     unproven: Option<Unproven>,
+    /// What a 206 said the whole length is, if the first answer did not.
+    total: Option<u64>,
     /// It was continued without a validator, so only a client's digest can prove that it is one content.
     unvalidated: bool,
 }
@@ -117,6 +119,9 @@ impl<'a> Download<'a> {
 
     async fn run(mut self) -> Result<Stage, Error> {
         let _place = self.cache.inflight.place().await?;
+        if let Some(version) = self.flight.lost.clone() {
+            self.cache.set_aside(version).await?;
+        }
         self.cache.blobs.check_room()?;
         self.progress = Instant::now();
         let (mut failures, mut counted, mut paused) = (0, 0, Duration::ZERO);
@@ -168,6 +173,7 @@ impl<'a> Download<'a> {
             Some(part) if answer.resumed => {
                 self.cache.metrics.upstream_resumes.inc();
                 part.unvalidated |= part.head.strong_etag().is_none();
+                part.total = answer.head.length;
             }
             _ => self.begin(answer.head).await.map_err(Failure::from)?,
         }
@@ -192,6 +198,7 @@ impl<'a> Download<'a> {
                     .or_else(|| (released > 0).then(|| Unproven { old: old.spool.file().clone(), released }));
                 if earlier.is_none() || !same_length {
                     self.lineage += 1;
+                    self.flight.forget_released();
                 }
                 earlier.filter(|_| same_length)
             }
@@ -202,7 +209,7 @@ impl<'a> Download<'a> {
         let spool = tokio::task::spawn_blocking(move || blobs.spool(length)).await.map_err(|cause| {
             Error::io("Failed to write to cache storage", &std::io::Error::other(cause))
         })??;
-        let part = self.part.insert(Part { head, spool, unproven, unvalidated: false });
+        let part = self.part.insert(Part { head, spool, unproven, total: None, unvalidated: false });
         if part.unproven.is_none() {
             enter_receiving(self.flight, part, self.lineage);
         }
@@ -232,7 +239,9 @@ impl<'a> Download<'a> {
             self.take(bytes).await?;
         }
         match &self.part {
-            Some(part) if part.head.length.is_some_and(|length| length != part.spool.len()) => {
+            Some(part)
+                if part.head.length.or(part.total).is_some_and(|length| length != part.spool.len()) =>
+            {
                 let message = "Upstream's body was cut short".to_owned();
                 let error =
                     Error::Upstream { status: None, source_url: self.url(), message, retry_after: None };
@@ -258,11 +267,11 @@ impl<'a> Download<'a> {
             part.unproven.take_if(|unproven| part.spool.len() >= unproven.released)
         {
             let new = part.spool.file().clone();
-            // The writer is at most a window behind; an error of it shows at the next write.
-            let _ = new.watermark().wait_for(|written| *written >= released).await;
+            part.spool.written(released).await?;
             let same = tokio::task::spawn_blocking(move || new.same_prefix(&old, released)).await;
             if !matches!(same, Ok(Ok(true))) {
                 self.lineage += 1;
+                self.flight.forget_released();
             }
             enter_receiving(self.flight, part, self.lineage);
         }
@@ -272,7 +281,7 @@ impl<'a> Download<'a> {
     /// Verifies, publishes and records a complete part.
     async fn land(&mut self) -> Result<Stage, Failure> {
         let Some(part) = self.part.take() else { return Err(Failure::from(Error::disk_full())) };
-        let Part { mut head, spool, unproven, unvalidated } = part;
+        let Part { mut head, spool, unproven, unvalidated, .. } = part;
         let written = spool.finish().await?;
         if unproven.is_some() {
             // The content is shorter than what clients already have of the one before.
@@ -281,6 +290,7 @@ impl<'a> Download<'a> {
         if unvalidated && !self.flight.is_expected(written.digest) {
             // Whoever has got bytes of this mixture must not get any of what comes next.
             self.flight.suspend();
+            self.flight.forget_released();
             self.lineage += 1;
             let message = "Upstream's content changed while it was downloaded".to_owned();
             let error = Error::Upstream { status: None, source_url: self.url(), message, retry_after: None };
@@ -301,12 +311,12 @@ impl<'a> Download<'a> {
             file_name: head.file_name,
             etag: head.etag,
             last_modified: head.last_modified,
-            first_cached: std::time::SystemTime::now(),
+            fetched: std::time::SystemTime::now(),
         };
         let generation = self.cache.catalog.generation();
         let Published { file, replaced } = self.cache.blobs.publish(written).await?;
         let recorded = self.cache.catalog.record(Record { source_url: self.url(), version }).await?;
-        if replaced && recorded.is_new_blob {
+        if replaced && recorded.is_new_blob && self.cache.metrics.orphan_blobs.get() > 0 {
             // It was there all along, only unknown.
             self.cache.metrics.orphan_blobs.dec();
         }

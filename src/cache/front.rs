@@ -1,7 +1,7 @@
 //! What was served lately, with its file open: a hit on it costs no query and no open.
 //!
 //! It never hides what an operator did: a file removed, replaced or cut short shows in its own fstat at each hit, and a
-//! changed database moves the catalogue's generation, which empties the front.
+//! changed database moves the catalogue's generation, and with it goes all that was read before.
 
 use std::{
     fs::File,
@@ -32,6 +32,8 @@ pub struct Stored {
     /// Its bytes, and nothing but them.
     pub file: Arc<File>,
     small: OnceLock<Bytes>,
+    /// The most links to the file that were seen.
+    links: AtomicU64,
     /// Whatever the answers about it have in common, kept so that a hit needn't make it again. Empty at first; this
     /// layer doesn't look into it.
     pub memo: OnceLock<http::HeaderMap>,
@@ -44,6 +46,7 @@ impl Stored {
             version: artifact.version,
             file,
             small: OnceLock::new(),
+            links: AtomicU64::new(0),
             memo: OnceLock::new(),
         }
     }
@@ -62,43 +65,43 @@ impl Stored {
         Some(self.small.get_or_init(|| bytes.into()))
     }
 
-    /// The open file is still the one in the store, and of the right length.
+    /// The open file is still the one in the store, and of the right length. A link less than there was is looked into
+    /// by opening it again; a backup may hold another one.
     fn is_current(&self) -> bool {
-        self.file.metadata().is_ok_and(|found| found.nlink() > 0 && found.len() == self.version.size)
+        let Ok(found) = self.file.metadata() else { return false };
+        let links = self.links.fetch_max(found.nlink(), Ordering::Relaxed);
+        found.nlink() > 0 && found.nlink() >= links && found.len() == self.version.size
     }
 }
 
 #[derive(Debug)]
-pub(super) struct Front {
-    entries: Cache<Arc<str>, Arc<Stored>>,
-    generation: AtomicU64,
+pub(super) struct Front(Cache<Arc<str>, Entry>);
+
+#[derive(Debug, Clone)]
+struct Entry {
+    /// The catalogue's when this was read from it.
+    generation: u64,
+    stored: Arc<Stored>,
 }
 
 impl Front {
     pub(super) fn new() -> Front {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-        let capacity = (limit / 4).clamp(16, MAX_OPEN as u64) as usize;
-        Front { entries: Cache::new(capacity), generation: AtomicU64::new(0) }
+        Front(Cache::new((limit / 4).clamp(16, MAX_OPEN as u64) as usize))
     }
 
+    /// What was put under this key, if that still holds at `generation`.
     pub(super) fn get(&self, key: &str, generation: u64) -> Option<Arc<Stored>> {
-        if self.generation.load(Ordering::Acquire) != generation {
-            self.generation.store(generation, Ordering::Release);
-            self.entries.clear();
-            return None;
+        let entry = self.0.get(key)?;
+        if entry.generation == generation && entry.stored.is_current() {
+            return Some(entry.stored);
         }
-        let stored = self.entries.get(key)?;
-        if stored.is_current() {
-            return Some(stored);
-        }
-        self.entries.remove(key);
+        self.0.remove(key);
         None
     }
 
-    /// Keeps an entry that was read from the catalogue at `generation`, unless that has moved on since.
+    /// Keeps what was read from the catalogue at `generation`.
     pub(super) fn put(&self, key: &str, stored: Arc<Stored>, generation: u64) {
-        if self.generation.load(Ordering::Acquire) == generation {
-            self.entries.insert(Arc::from(key), stored);
-        }
+        self.0.insert(Arc::from(key), Entry { generation, stored });
     }
 }

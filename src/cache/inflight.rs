@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 use super::front::Stored;
 use crate::{
-    artifact::{Digest, RequestId, SourceUrl, Want},
+    artifact::{Digest, RequestId, SourceUrl, Version, Want},
     blobs::SpoolFile,
     error::Error,
     upstream::Head,
@@ -67,6 +67,8 @@ impl Stage {
 #[derive(Debug)]
 pub(super) struct Flight {
     pub(super) url: SourceUrl,
+    /// What was stored for the URL and is gone or damaged, to be set aside first.
+    pub(super) lost: Option<Version>,
     /// Of the request that began it.
     pub(super) request_id: RequestId,
     /// Clients may be answered before it has ended.
@@ -113,6 +115,11 @@ impl Flight {
         self.released.fetch_max(end, Ordering::AcqRel);
     }
 
+    /// No client will get more of what was released so far. Call it while the flight is suspended.
+    pub(super) fn forget_released(&self) {
+        self.released.store(0, Ordering::Release);
+    }
+
     /// Some client gave the digest it expects.
     pub(super) fn is_judged(&self) -> bool {
         self.wants().expected.iter().any(Option::is_some)
@@ -157,7 +164,7 @@ impl Inflight {
     }
 
     /// Joins the flight for a URL, or begins one.
-    pub(super) fn join(&self, want: &Want, early: bool) -> Joined {
+    pub(super) fn join(&self, want: &Want, lost: Option<Version>) -> Joined {
         let (url, expected) = (&want.url, want.sha256);
         let mut flights = self.flights();
         if let Some(flight) = flights.get(url.key()) {
@@ -171,7 +178,9 @@ impl Inflight {
         let flight = Arc::new(Flight {
             url: url.clone(),
             request_id: want.request_id.clone(),
-            early,
+            // What replaces a damaged file must be proven before anybody sees a byte of it.
+            early: lost.is_none(),
+            lost,
             stage: watch::channel(Stage::Asking).0,
             released: AtomicU64::new(0),
             wants: Mutex::new(Wants { expected: vec![expected], sealed: false }),

@@ -19,7 +19,7 @@ use std::{
 };
 
 use quick_cache::sync::Cache as Bounded;
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::{
     artifact::{CacheStatus, Digest, Streaming, Version, Want, media},
@@ -98,8 +98,8 @@ pub struct Growing {
 /// What the lookup found.
 enum Found {
     Held(Arc<Stored>),
-    /// A row whose file is gone or damaged, and how.
-    Lost(String),
+    /// What a row says, whose file is gone or damaged, and how.
+    Lost(Version, String),
     Unknown,
 }
 
@@ -140,7 +140,7 @@ impl Cache {
     pub fn peek(&self, want: &Want) -> Result<Option<Arc<Stored>>, Error> {
         match self.look_up(want.url.key())? {
             Found::Held(stored) => self.check(want, &stored.version).map(|()| Some(stored)),
-            Found::Lost(_) | Found::Unknown => Ok(None),
+            Found::Lost(..) | Found::Unknown => Ok(None),
         }
     }
 
@@ -149,6 +149,7 @@ impl Cache {
     /// `asked` is when the request came: a download that is not finished `fetch.stream_after_seconds` later is
     /// answered while it runs, if the request allows that.
     pub async fn fetch(self: &Arc<Self>, want: &Want, asked: Instant) -> Result<Fetched, Error> {
+        let mut is_counted = false;
         loop {
             let found = self.look_up(want.url.key())?;
             if let Found::Held(stored) = found {
@@ -163,11 +164,19 @@ impl Cache {
                 return Err(Error::NotCached { source_url: want.url.key().into() });
             }
             self.recall_mismatch(want)?;
-            // What replaces a damaged file must be proven before anybody sees a byte of it.
-            let early = matches!(found, Found::Unknown);
-            let joined = self.inflight.join(want, early);
+            let (lost, problem) = match found {
+                Found::Lost(version, problem) => (Some(version), problem),
+                _ => (None, String::new()),
+            };
+            let is_lost = lost.is_some();
+            let joined = self.inflight.join(want, lost);
             if joined.leads {
-                if let Found::Lost(problem) = found {
+                // Another flight may have landed between the look-up and the join.
+                if let Some(stage) = self.landed_meanwhile(want.url.key()) {
+                    self.inflight.end(&joined.flight, stage);
+                    continue;
+                }
+                if is_lost {
                     self.metrics.blobs_corrupt.inc();
                     tracing::warn!(
                         source_url = %want.url.masked(),
@@ -177,7 +186,7 @@ impl Cache {
                     );
                 }
                 self.start(joined.flight.clone());
-            } else {
+            } else if !std::mem::replace(&mut is_counted, true) {
                 self.metrics.collapsed_requests.inc();
             }
             if let Some(content) = self.follow(want, &joined, asked).await? {
@@ -186,9 +195,36 @@ impl Cache {
         }
     }
 
-    /// Asks the upstream what an artifact is that isn't held. Stores nothing.
+    /// How a flight ends that was begun although the URL is held by now, or can't be looked up.
+    fn landed_meanwhile(&self, key: &str) -> Option<Stage> {
+        match self.look_up(key) {
+            Ok(Found::Held(stored)) => Some(Stage::Stored { stored, lineage: 0 }),
+            Ok(_) => None,
+            Err(error) => Some(Stage::Failed(error)),
+        }
+    }
+
+    /// Moves what is left of a lost blob out of the way, and notes that it is gone.
+    async fn set_aside(&self, version: Version) -> Result<(), Error> {
+        let blobs = self.blobs.clone();
+        tokio::task::spawn_blocking(move || blobs.quarantine(version.digest, version.size)).await.map_err(
+            |cause| Error::io("Failed to set damaged content aside", &std::io::Error::other(cause)),
+        )??;
+        self.catalog.mark_lost(version.digest);
+        Ok(())
+    }
+
+    /// Asks the upstream what an artifact is that isn't held. Stores nothing; takes a place like a download.
     pub async fn probe(&self, want: &Want) -> Result<Head, Error> {
-        self.upstream.head(&want.url).await.map_err(|failure| failure.error)
+        let _place = self.inflight.place().await?;
+        match timeout(self.limits.timeout, self.upstream.head(&want.url)).await {
+            Ok(answered) => answered.map_err(|failure| failure.error),
+            Err(_) => Err(Error::Unavailable {
+                source_url: want.url.key().into(),
+                message: format!("no answer within {} s", self.limits.timeout.as_secs_f32()),
+                retry_after: None,
+            }),
+        }
     }
 
     /// Counts one body served.
@@ -252,17 +288,15 @@ impl Cache {
     /// Opens a known artifact's file and remembers both.
     fn hold(&self, key: &str, artifact: Artifact, generation: u64) -> Result<Found, Error> {
         let Version { digest, size, .. } = artifact.version;
+        let lost = |problem| Found::Lost(artifact.version.clone(), problem);
         Ok(match self.blobs.open_blob(digest, size)? {
             Held::Whole(file) => {
-                let stored = Arc::new(Stored::new(artifact, Arc::new(file)));
+                let stored = Arc::new(Stored::new(artifact.clone(), Arc::new(file)));
                 self.front.put(key, stored.clone(), generation);
                 Found::Held(stored)
             }
-            Held::Missing => Found::Lost("is missing".to_owned()),
-            Held::Damaged(problem) => {
-                self.blobs.quarantine(digest, size)?;
-                Found::Lost(problem)
-            }
+            Held::Missing => lost("is missing".to_owned()),
+            Held::Damaged(problem) => lost(problem),
         })
     }
 

@@ -177,6 +177,11 @@ impl Catalog {
         self.writer.record(record).await
     }
 
+    /// Notes that a blob was found gone or damaged, so that the sums no longer count it. Never waits.
+    pub fn mark_lost(&self, digest: Digest) {
+        self.writer.mark_lost(digest);
+    }
+
     /// Counts one body served of the artifact with this row. Written within a second; never waits.
     pub fn count_access(&self, id: i64) {
         self.writer.count_access(id);

@@ -95,7 +95,7 @@ fn set_up(db: &Connection) -> rusqlite::Result<()> {
 
 const FIND: &str = "
     SELECT a.id, a.content_hash, a.file_size, a.content_type, v.content_encoding, v.file_name, v.etag,
-           unixepoch(v.last_modified), unixepoch(a.first_cached_at)
+           unixepoch(v.last_modified), unixepoch(coalesce(v.last_seen_at, a.first_cached_at))
     FROM artifacts AS a
     LEFT JOIN versions AS v ON v.source_url = a.source_url AND v.content_hash = a.content_hash
     WHERE a.source_url = ?1";
@@ -120,7 +120,7 @@ fn artifact(row: &Row<'_>) -> rusqlite::Result<Artifact> {
             file_name: row.get(5)?,
             etag: row.get(6)?,
             last_modified: row.get::<_, Option<i64>>(7)?.map(from_unix),
-            first_cached: row.get::<_, Option<i64>>(8)?.map_or(SystemTime::UNIX_EPOCH, from_unix),
+            fetched: row.get::<_, Option<i64>>(8)?.map_or(SystemTime::UNIX_EPOCH, from_unix),
         },
     })
 }
@@ -205,9 +205,20 @@ pub(super) fn data_version(db: &Connection) -> rusqlite::Result<i64> {
     db.prepare_cached("PRAGMA data_version")?.query_row([], |row| row.get(0))
 }
 
-/// Moves the WAL's content into the database and empties it; not an error when a reader holds it back.
-pub(super) fn checkpoint(db: &Connection) -> rusqlite::Result<()> {
-    db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
+/// Moves the WAL's content into the database and empties it. Says whether that is done: a reader may hold it back, and
+/// is not waited for.
+pub(super) fn checkpoint(db: &Connection) -> rusqlite::Result<bool> {
+    db.busy_timeout(Duration::ZERO)?;
+    let done = db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0));
+    db.busy_timeout(BUSY_TIMEOUT)?;
+    done.map(|busy| busy == 0)
+}
+
+/// Notes that a blob is not where it should be.
+pub(super) fn mark_lost(db: &Connection, digest: Digest) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE blobs SET state = 'missing' WHERE content_hash = ?1 AND state = 'present'")?
+        .execute([hash_text(digest)])
+        .map(drop)
 }
 
 /// Means that no write can succeed until an operator has done something.

@@ -17,7 +17,7 @@ use rusqlite::Connection;
 use tokio::sync::oneshot;
 
 use super::{Record, Recorded, Status, sqlite};
-use crate::error::Error;
+use crate::{artifact::Digest, error::Error};
 
 /// How late an access count may be written, and how soon another process's change is seen.
 const TICK: Duration = Duration::from_millis(500);
@@ -26,6 +26,7 @@ const BATCH: usize = 256;
 
 enum Command {
     Record(Box<Record>, oneshot::Sender<Result<Recorded, Error>>),
+    MarkLost(Digest),
     Checkpoint(oneshot::Sender<()>),
 }
 
@@ -50,6 +51,10 @@ impl Writer {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Record(Box::new(record), reply));
         answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    pub(super) fn mark_lost(&self, digest: Digest) {
+        self.send(Command::MarkLost(digest));
     }
 
     pub(super) fn count_access(&self, id: i64) {
@@ -102,12 +107,14 @@ impl Work {
     fn run(mut self, waiting: &mpsc::Receiver<Command>) {
         let mut next_tick = Instant::now();
         loop {
+            // Before anything else, or a steady stream of commands would keep the ticks waiting for ever.
+            if Instant::now() >= next_tick {
+                self.tick();
+                next_tick = Instant::now() + TICK;
+            }
             match waiting.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
                 Ok(command) => self.execute(command, waiting),
-                Err(RecvTimeoutError::Timeout) => {
-                    self.tick();
-                    next_tick = Instant::now() + TICK;
-                }
+                Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.write_out(),
             }
         }
@@ -120,6 +127,12 @@ impl Work {
         for command in std::iter::once(first).chain(waiting.try_iter()).take(BATCH) {
             match command {
                 Command::Record(record, reply) => records.push((record, reply)),
+                Command::MarkLost(digest) => {
+                    if let Err(cause) = sqlite::mark_lost(&self.db, digest) {
+                        // The sums count it on; the record of what replaces it will put them right.
+                        tracing::warn!(error = %cause, "a lost blob could not be noted");
+                    }
+                }
                 Command::Checkpoint(reply) => checkpoints.push(reply),
             }
         }
@@ -204,7 +217,9 @@ impl Work {
 
     fn checkpoint(&mut self) {
         match sqlite::checkpoint(&self.db) {
-            Ok(()) => self.dirty_since = None,
+            Ok(true) => self.dirty_since = None,
+            // Tried again at the next tick.
+            Ok(false) => {}
             Err(cause) => tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again"),
         }
     }

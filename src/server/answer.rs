@@ -105,9 +105,9 @@ pub(super) fn etag(digest: Digest) -> String {
     format!("\"{digest}\"")
 }
 
-/// The upstream's date, else when it was first cached; never later than now.
+/// The upstream's date, else when it was fetched; never later than now.
 pub(super) fn last_modified(version: &Version) -> SystemTime {
-    version.last_modified.unwrap_or(version.first_cached).min(SystemTime::now())
+    version.last_modified.unwrap_or(version.fetched).min(SystemTime::now())
 }
 
 pub(super) fn content_range(range: &Range<u64>, size: u64) -> HeaderValue {

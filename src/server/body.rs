@@ -202,6 +202,7 @@ impl ResponseBody {
             Given::Artifact(chunk) => chunk,
         };
         self.turn_bytes += chunk.len();
+        artifact.connection.body_gave(true);
         if let Some(exchange) = &mut self.ending.exchange {
             exchange.gave(chunk.len());
         }
@@ -246,6 +247,9 @@ impl http_body::Body for ResponseBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Piece>, Broken>>> {
         let this = self.get_mut();
+        if let Kind::Artifact(artifact) = &this.kind {
+            artifact.connection.body_gave(false);
+        }
         if this.turn_bytes >= TURN_BYTES {
             this.turn_bytes = 0;
             cx.waker().wake_by_ref();
@@ -281,10 +285,11 @@ impl http_body::Body for ResponseBody {
 
 impl Drop for ResponseBody {
     fn drop(&mut self) {
-        if let Kind::Artifact(artifact) = &self.kind
-            && artifact.is_complete()
-        {
-            self.ending.complete();
+        if let Kind::Artifact(artifact) = &self.kind {
+            artifact.connection.body_gave(false);
+            if artifact.is_complete() {
+                self.ending.complete();
+            }
         }
     }
 }

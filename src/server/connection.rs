@@ -73,9 +73,19 @@ pub(super) struct Busy(Arc<Connection>);
 
 impl Registry {
     pub(super) fn new(config: &Server) -> Arc<Registry> {
+        // The other half of the descriptors is for artifacts, downloads and the database.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+        let possible = usize::try_from(limit / 2).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        if possible < config.max_connections {
+            tracing::warn!(
+                possible,
+                configured = config.max_connections,
+                "fewer connections than server.max_connections: raise the limit on open files (ulimit -n)"
+            );
+        }
         Arc::new(Registry {
             connections: Mutex::default(),
-            places: Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS))),
+            places: Arc::new(Semaphore::new(config.max_connections.min(possible))),
             started: Instant::now(),
             next: AtomicU64::new(0),
             header_timeout: config.header_timeout,
@@ -144,8 +154,7 @@ impl Registry {
                     connection.too_slow.store(true, Ordering::Relaxed);
                     connection.close.notify_one();
                 }
-                let is_writing = connection.stuck_since.load(Ordering::Relaxed) != 0;
-                if !is_writing && is_over(&connection.idle_since, self.keepalive_timeout) {
+                if connection.is_idle() && is_over(&connection.idle_since, self.keepalive_timeout) {
                     connection.close.notify_one();
                 }
                 if is_over(&connection.stuck_since, self.write_idle_timeout) {
@@ -165,10 +174,11 @@ impl Registry {
         }
     }
 
-    fn close_idlest(&self) {
+    /// Makes room for another connection.
+    pub(super) fn close_idlest(&self) {
         let connections = self.connections();
         let waiting_since = |connection: &&Arc<Connection>| {
-            if connection.stuck_since.load(Ordering::Relaxed) != 0 {
+            if !connection.is_idle() {
                 return None;
             }
             let of = |since: &AtomicU64| Some(since.load(Ordering::Relaxed)).filter(|&since| since != 0);
@@ -224,6 +234,23 @@ impl Connection {
         &self.promises
     }
 
+    /// Nothing is being answered or written.
+    fn is_idle(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) == 0 && self.stuck_since.load(Ordering::Relaxed) == 0
+    }
+
+    /// A body gave bytes to send, or (`false`) was asked for more. Of HTTP/2 only this shows whether a client takes
+    /// anything: the socket is not stuck when a stream's window is closed.
+    pub(super) fn body_gave(&self, bytes: bool) {
+        if !self.is_http2.load(Ordering::Relaxed) {
+            return;
+        }
+        match bytes {
+            true => self.mark(&self.stuck_since),
+            false => self.stuck_since.store(0, Ordering::Relaxed),
+        }
+    }
+
     fn mark(&self, since: &AtomicU64) {
         since.store(self.started.elapsed().as_millis().max(1) as u64, Ordering::Relaxed);
     }
@@ -236,6 +263,10 @@ impl Connection {
     }
 
     fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
+        if self.is_http2.load(Ordering::Relaxed) {
+            // Frames of all kinds come through here; see `body_gave`.
+            return;
+        }
         match (written.is_pending(), self.stuck_since.load(Ordering::Relaxed)) {
             (true, 0) => self.mark(&self.stuck_since),
             (false, since) if since != 0 => {
@@ -275,7 +306,8 @@ impl Drop for Socket {
             // If it does not fit into the socket's buffer, the client is not reading anyway.
             let _ = self.stream.try_write(TOO_SLOW);
         }
-        if self.connection.reset.load(Ordering::Relaxed) {
+        // A panic in a body must not look like its end either.
+        if self.connection.reset.load(Ordering::Relaxed) || std::thread::panicking() {
             // Closing then sends RST instead of FIN. If that fails, the connection is gone anyway.
             let _ = self.stream.set_zero_linger();
         }
@@ -326,7 +358,12 @@ impl AsyncRead for Socket {
 
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
+        // hyper writes vectors, but if a layer ever takes them apart, a promise must still be recognised.
+        let slice = io::IoSlice::new(buf);
+        let written = match sendfile::position(&[slice]) {
+            None => Pin::new(&mut self.stream).poll_write(cx, buf),
+            Some(_) => self.poll_send(cx, &[], &slice),
+        };
         self.connection.has_written(&written);
         written
     }

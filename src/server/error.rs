@@ -32,14 +32,6 @@ impl From<Error> for Refusal {
 }
 
 impl Refusal {
-    pub(super) fn panicked() -> Refusal {
-        Refusal::Panicked
-    }
-
-    pub(super) fn is_panic(&self) -> bool {
-        matches!(self, Refusal::Panicked)
-    }
-
     /// The word in JSON, logs and the label `code`.
     pub(super) fn code(&self) -> &'static str {
         match self {

@@ -102,7 +102,11 @@ impl Exchange {
 impl Drop for Exchange {
     fn drop(&mut self) {
         if matches!(self.ending, Ending::Unanswered) {
-            self.abandoned();
+            if std::thread::panicking() {
+                self.failed("internal_error", "the request panicked".to_owned(), true);
+            } else {
+                self.abandoned();
+            }
         }
         let took = self.asked.elapsed();
         let outcome = match self.ending {

@@ -15,8 +15,13 @@ mod sendfile;
 mod system;
 
 use std::{
-    convert::Infallible, future::Future, panic::AssertUnwindSafe, pin::pin, sync::Arc, task::Poll,
-    time::Duration,
+    convert::Infallible,
+    future::Future,
+    panic::AssertUnwindSafe,
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+    time::{Duration, Instant},
 };
 
 use http::{Method, Request, Response, header};
@@ -93,6 +98,7 @@ async fn accept(
     shutdown: CancellationToken,
     tasks: TaskTracker,
 ) {
+    let mut last_warning = None;
     loop {
         let accepted = tokio::select! {
             accepted = registry.accept(&listener) => accepted,
@@ -103,9 +109,13 @@ async fn accept(
                 tasks.spawn(converse(app.clone(), role, socket, connection, shutdown.clone()));
             }
             Err(cause) => {
-                // Out of descriptors, most likely: give those in use time to come back.
-                tracing::warn!(error = %cause, "can't accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                // Out of descriptors, most likely.
+                registry.close_idlest();
+                if last_warning.is_none_or(|last: Instant| last.elapsed() >= Duration::from_secs(1)) {
+                    last_warning = Some(Instant::now());
+                    tracing::warn!(error = %cause, "can't accept a connection");
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
     }
@@ -168,12 +178,12 @@ async fn answer_or_panic(
         // Nothing that a panic can leave half-done is used again: the future is dropped.
         match std::panic::catch_unwind(AssertUnwindSafe(|| answering.as_mut().poll(cx))) {
             Ok(poll) => poll,
-            Err(_) => Poll::Ready(Err(Refusal::panicked())),
+            Err(_) => Poll::Ready(Err(Refusal::Panicked)),
         }
     })
     .await;
     let mut response = answer.unwrap_or_else(|refusal| {
-        if refusal.is_panic() {
+        if matches!(refusal, Refusal::Panicked) {
             app.metrics.panics.inc();
             tracing::error!("panic");
         }

@@ -101,6 +101,7 @@ pub(super) fn send(
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(length) => Ok(sent + length),
         Err(Errno::AGAIN | Errno::INTR) if sent > 0 => Ok(sent),
+        Err(Errno::INTR) => Err(io::ErrorKind::WouldBlock.into()),
         Err(cause) => Err(cause.into()),
     }
 }

@@ -10,6 +10,7 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
+        mpsc,
     },
     thread,
     time::Duration,
@@ -17,6 +18,8 @@ use std::{
 
 /// How long lines gather before they are written.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long a clean stop waits for the output.
+const LONGEST_GOODBYE: Duration = Duration::from_secs(1);
 /// What may wait; past that lines are dropped.
 const MOST_BYTES: usize = 4 << 20;
 
@@ -41,7 +44,8 @@ struct Waiting {
 #[derive(Debug)]
 pub(super) struct SinkGuard {
     sink: Sink,
-    thread: Option<thread::JoinHandle<()>>,
+    /// Disconnects when the thread has ended.
+    ended: mpsc::Receiver<()>,
 }
 
 impl Sink {
@@ -49,8 +53,12 @@ impl Sink {
     pub(super) fn start(output: File) -> std::io::Result<(Sink, SinkGuard)> {
         let sink = Sink(Arc::default());
         let source = sink.clone();
-        let thread = thread::Builder::new().name("log".into()).spawn(move || source.drain(output))?;
-        Ok((sink.clone(), SinkGuard { sink, thread: Some(thread) }))
+        let (running, ended) = mpsc::channel();
+        thread::Builder::new().name("log".into()).spawn(move || {
+            source.drain(output);
+            drop(running);
+        })?;
+        Ok((sink.clone(), SinkGuard { sink, ended }))
     }
 
     /// Appends a whole line.
@@ -105,9 +113,8 @@ impl Drop for SinkGuard {
     fn drop(&mut self) {
         self.sink.waiting().closed = true;
         self.sink.0.wake.notify_one();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // An output that takes nothing must not keep the process.
+        let _ = self.ended.recv_timeout(LONGEST_GOODBYE);
     }
 }
 
@@ -142,7 +149,7 @@ mod tests {
             sink.write(&line);
         }
         assert!(sink.dropped() > 0);
-        // Nobody will ever read, so waiting for the thread would be for ever.
-        std::mem::forget(guard);
+        // Nobody will ever read, and this ends all the same.
+        drop(guard);
     }
 }

@@ -148,6 +148,8 @@ pub(super) fn judge_head(url: &SourceUrl, response: &Response<Incoming>) -> Resu
             headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok())
         }
         StatusCode::PARTIAL_CONTENT => content_range(headers).map(|(_, _, total)| total),
+        // There is no first byte to ask for.
+        StatusCode::RANGE_NOT_SATISFIABLE if is_empty_range(headers) => Some(0),
         _ => return Err(refused(url, response)),
     };
     Ok(Head::read(url, headers, length))
@@ -166,7 +168,11 @@ fn check_framing(url: &SourceUrl, status: StatusCode, headers: &HeaderMap) -> Re
 fn continues(headers: &HeaderMap, resume: Resume<'_>) -> Option<u64> {
     let (first, last, total) = content_range(headers)?;
     let etag = headers.get(header::ETAG).map(|etag| etag.to_str().unwrap_or_default());
-    let same_etag = etag.is_none_or(|etag| Some(etag) == resume.head.etag.as_deref());
+    let same_etag = match resume.head.strong_etag() {
+        // RFC 9110, section 15.3.7: it must be repeated. Who leaves it out may have ignored If-Range.
+        Some(strong) => etag == Some(strong),
+        None => etag.is_none_or(|etag| Some(etag) == resume.head.etag.as_deref()),
+    };
     let same_length = resume.head.length.is_none_or(|length| length == total);
     (first == resume.offset && last + 1 == total && same_length && same_etag).then_some(total)
 }
@@ -178,6 +184,11 @@ fn content_range(headers: &HeaderMap) -> Option<(u64, u64, u64)> {
     let (first, last) = range.split_once('-')?;
     let (first, last, total) = (first.parse().ok()?, last.parse().ok()?, total.parse::<u64>().ok()?);
     (first <= last && last < total).then_some((first, last, total))
+}
+
+/// `bytes */0`
+fn is_empty_range(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_RANGE).is_some_and(|range| range == "bytes */0")
 }
 
 /// An answer that is not the artifact.
@@ -235,6 +246,8 @@ mod tests {
         let resume = Resume { offset: 40, head: &head };
         let with = |range, etag| continues(&headers(&[("content-range", range), ("etag", etag)]), resume);
         assert_eq!(with("bytes 40-99/100", "\"a\""), Some(100));
+        let without = headers(&[("content-range", "bytes 40-99/100")]);
+        assert_eq!(continues(&without, resume), None, "a strong ETag must be repeated");
         for (range, etag) in [
             ("bytes 40-99/100", "\"b\""),
             ("bytes 39-99/100", "\"a\""),

@@ -25,7 +25,7 @@ use url::{Host, Url};
 
 use super::{
     Failure, Retry, SetupError,
-    guard::{Guard, ResolveError},
+    guard::{self, Guard, ResolveError},
 };
 use crate::{artifact::SourceUrl, config};
 
@@ -178,11 +178,19 @@ impl Dialer {
 
     /// The proxy was named by the operator, so it may be anywhere.
     async fn connect_proxy(&self, source: &SourceUrl, proxy: &Url) -> Result<TcpStream, Failure> {
-        let name = (proxy.host_str().unwrap_or_default(), proxy.port_or_known_default().unwrap_or(3128));
-        let addresses = tokio::net::lookup_host(name).await.map_err(|cause| {
-            Failure::unavailable(source, format!("can't resolve upstream.proxy: {cause}"))
-        })?;
-        self.connect(source, addresses.collect()).await
+        let port = proxy.port_or_known_default().unwrap_or(3128);
+        let addresses = match proxy.host() {
+            Some(Host::Ipv4(ip)) => vec![SocketAddr::from((ip, port))],
+            Some(Host::Ipv6(ip)) => vec![SocketAddr::from((ip, port))],
+            name => {
+                let name = name.map(|name| name.to_string()).unwrap_or_default();
+                let found = timeout(self.connect_timeout, guard::look_up(&name, port)).await;
+                found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(|cause| {
+                    Failure::unavailable(source, format!("can't resolve upstream.proxy: {cause}"))
+                })?
+            }
+        };
+        self.connect(source, addresses).await
     }
 
     /// RFC 9110, section 9.3.6.

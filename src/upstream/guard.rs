@@ -4,9 +4,13 @@
 //! stricter in two places: blocks that those call globally reachable but that host no artifacts are in it
 //! too, and of IPv6 nothing outside the global unicast range is reached.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs},
+};
 
 use ipnet::IpNet;
+use tokio::sync::Semaphore;
 use url::{Host, Url};
 
 use crate::config::{HostGlobs, Upstream};
@@ -113,7 +117,7 @@ impl Guard {
                 self.vet(&name, local.map(|ip| SocketAddr::new(ip, port)))
             }
             Host::Domain(_) => {
-                let found = tokio::net::lookup_host((name.as_str(), port)).await;
+                let found = look_up(&name, port).await;
                 self.vet(&name, found.map_err(|error| ResolveError::Dns(format!("{name}: {error}")))?)
             }
         }
@@ -249,6 +253,23 @@ const FORBIDDEN: &[Network] = &[
     v6(0x4000_0000_0000_0000, 2, "not global unicast"),
     v6(0x8000_0000_0000_0000, 1, "not global unicast"),
 ];
+
+/// Questions to the resolver at a time. One that hangs keeps its thread whatever becomes of the asker, and these must not
+/// be all the threads there are.
+static QUESTIONS: Semaphore = Semaphore::const_new(64);
+
+/// All addresses of a name, from the system's resolver.
+pub(super) async fn look_up(name: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    // Never closed.
+    let permit = QUESTIONS.acquire().await.map_err(io::Error::other)?;
+    let name = name.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        (name.as_str(), port).to_socket_addrs().map(Iterator::collect)
+    })
+    .await
+    .map_err(io::Error::other)?
+}
 
 #[cfg(test)]
 mod tests {

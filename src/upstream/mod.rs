@@ -197,11 +197,10 @@ fn redirect_target(source: &SourceUrl, from: &Url, response: &Response<Incoming>
     let refuse = |message: &str| {
         Failure::upstream(source, Some(response.status()), format!("Upstream {message}"), Retry::Never)
     };
-    let location = response
-        .headers()
-        .get(header::LOCATION)
-        .ok_or_else(|| refuse("redirected without saying where"))?
-        .to_str()
+    let location =
+        response.headers().get(header::LOCATION).ok_or_else(|| refuse("redirected without saying where"))?;
+    // Many servers send raw UTF-8, which joining percent-encodes.
+    let location = std::str::from_utf8(location.as_bytes())
         .map_err(|_| refuse("redirected to something that is no URL"))?;
     let mut to = from.join(location).map_err(|_| refuse("redirected to something that is no URL"))?;
     to.set_fragment(None);
