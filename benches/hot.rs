@@ -5,7 +5,8 @@
 use std::hint::black_box;
 
 use artifact_cache::{
-    artifact::{Digest, Hasher, SourceUrl, globs::QueryGlobs, media},
+    artifact::{Digest, Hasher, SourceUrl, Version, globs::QueryGlobs, media},
+    server::hot,
     telemetry::{Metrics, metrics::Outcome},
 };
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -54,6 +55,39 @@ fn headers(c: &mut Criterion) {
     group.bench_function("media_type", |b| b.iter(|| media::media_type(black_box(b"application/gzip"))));
 }
 
+fn ranges(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ranges");
+    for (name, range) in
+        [("none", None), ("one", Some("bytes=65536-131071")), ("three", Some("bytes=0-9,20-29,-5"))]
+    {
+        let mut headers = http::HeaderMap::new();
+        headers.insert("user-agent", http::HeaderValue::from_static("curl/8.5.0"));
+        if let Some(range) = range {
+            headers.insert("range", http::HeaderValue::from_static(range));
+        }
+        group.bench_function(name, |b| b.iter(|| hot::judge(black_box(&headers), 1 << 30)));
+    }
+}
+
+fn answers(c: &mut Criterion) {
+    let version = Version {
+        digest: "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+            .parse()
+            .expect("it is a digest"),
+        size: 1 << 20,
+        content_type: Some("application/gzip".to_owned()),
+        content_encoding: None,
+        file_name: Some("tool-1.2.3-linux-x86_64.tar.gz".to_owned()),
+        etag: None,
+        last_modified: None,
+        fetched: std::time::SystemTime::UNIX_EPOCH,
+    };
+    let mut group = c.benchmark_group("answer");
+    group.bench_function("built", |b| b.iter(|| hot::describe(black_box(&version))));
+    let kept = hot::describe(&version);
+    group.bench_function("kept", |b| b.iter(|| black_box(&kept).clone()));
+}
+
 fn metrics(c: &mut Criterion) {
     let metrics = Metrics::new(|| 0);
     let took = std::time::Duration::from_micros(50);
@@ -62,5 +96,5 @@ fn metrics(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, url_key, digest, headers, metrics);
+criterion_group!(benches, url_key, digest, headers, metrics, ranges, answers);
 criterion_main!(benches);

@@ -1,8 +1,10 @@
 //! Reading files into bodies: on the calling thread when the kernel has the page, on another when it would have to
 //! wait for the disk, into buffers that are used again.
 //!
-//! Measured against the alternatives (`docs/performance.md`): handing every read to another thread costs 30–60 µs a
-//! chunk; a mapping stalls the whole worker on a cold page.
+//! What is cached is not even read where the reader can send part of a file by itself ([`Chunk::Cached`]).
+//!
+//! Measured against the alternatives: handing every read to another thread costs 30–60 µs a chunk; a mapping stalls the
+//! whole worker on a cold page.
 
 use std::{
     fs::File,

@@ -55,7 +55,7 @@ pub(super) fn announced(head: &Head, want: &Want, origin: Origin) -> HeaderMap {
 }
 
 /// What every answer about this version has in common.
-fn describe(version: &Version) -> HeaderMap {
+pub(super) fn describe(version: &Version) -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(20);
     let content_type = version.content_type.as_deref();
     add_type(&mut headers, content_type, version.content_encoding.as_deref(), version.file_name.as_deref());
