@@ -29,6 +29,8 @@ const REFER_FROM: u64 = 8 << 10;
 /// The longest part of a file that is given out at once.
 const REFER_BYTES: u64 = 512 << 10;
 const PROBE_EVERY: u64 = 16 << 10;
+/// How far a file is taken to be cold after a piece of it was.
+const COLD_BYTES: u64 = 4 << 20;
 /// Bytes of unused buffers kept for the next read.
 const KEEP_BYTES: usize = 12 << 20;
 
@@ -146,6 +148,9 @@ pub struct Reader {
     offset: u64,
     pool: BufferPool,
     mode: Mode,
+    /// The page cache lacked a piece before this offset, so that it will lack more: until there nothing is tried on the
+    /// calling thread, because even asking makes the kernel read ahead, and that can wait for the disk's queue.
+    cold_until: u64,
     /// A read that had to wait for the disk.
     pending: Option<JoinHandle<io::Result<Bytes>>>,
 }
@@ -153,7 +158,7 @@ pub struct Reader {
 impl Reader {
     /// Begins at `offset`.
     pub fn new(file: Arc<File>, offset: u64, pool: BufferPool, mode: Mode) -> Reader {
-        Reader { file, offset, pool, mode, pending: None }
+        Reader { file, offset, pool, mode, cold_until: 0, pending: None }
     }
 
     /// Where the next chunk begins.
@@ -168,26 +173,19 @@ impl Reader {
     pub fn poll_read(&mut self, cx: &mut Context<'_>, end: u64) -> Poll<io::Result<Chunk>> {
         if self.pending.is_none() {
             let wanted = end.saturating_sub(self.offset);
-            let refer = match self.mode {
-                Mode::Refer if wanted >= REFER_FROM => {
-                    cached(&self.file, self.offset, wanted.min(REFER_BYTES))
-                }
-                _ => 0,
+            let buffer = match self.offset < self.cold_until {
+                true => self.pool.take(wanted),
+                false => match self.read_cached(wanted) {
+                    Ok(chunk) => return Poll::Ready(Ok(chunk)),
+                    Err(buffer) => {
+                        self.cold_until = self.offset + COLD_BYTES;
+                        buffer
+                    }
+                },
             };
-            if refer > 0 {
-                let range = FileRange { file: self.file.clone(), offset: self.offset, length: refer };
-                self.offset += refer;
-                return Poll::Ready(Ok(Chunk::Cached(range)));
-            }
-            match read_cached(&self.file, self.offset, self.pool.take(wanted), wanted) {
-                Ok(bytes) => return Poll::Ready(self.advance(Ok(bytes))),
-                Err(buffer) => {
-                    let (file, offset) = (self.file.clone(), self.offset);
-                    self.pending = Some(tokio::task::spawn_blocking(move || {
-                        read_waiting(&file, offset, buffer, wanted)
-                    }));
-                }
-            }
+            let (file, offset) = (self.file.clone(), self.offset);
+            self.pending =
+                Some(tokio::task::spawn_blocking(move || read_waiting(&file, offset, buffer, wanted)));
         }
         let Some(pending) = &mut self.pending else { return Poll::Pending };
         let read = ready!(Pin::new(pending).poll(cx));
@@ -198,6 +196,21 @@ impl Reader {
     /// [`Reader::poll_read`] as a future.
     pub async fn read(&mut self, end: u64) -> io::Result<Chunk> {
         std::future::poll_fn(|cx| self.poll_read(cx, end)).await
+    }
+
+    /// The next chunk, if the page cache has it; else a buffer to read it into.
+    fn read_cached(&mut self, wanted: u64) -> Result<Chunk, Filled> {
+        if self.mode == Mode::Refer && wanted >= REFER_FROM {
+            let length = cached(&self.file, self.offset, wanted.min(REFER_BYTES));
+            if length > 0 {
+                let range = FileRange { file: self.file.clone(), offset: self.offset, length };
+                self.offset += length;
+                return Ok(Chunk::Cached(range));
+            }
+        }
+        let bytes = read_cached(&self.file, self.offset, self.pool.take(wanted), wanted)?;
+        self.offset += bytes.len() as u64;
+        Ok(Chunk::Bytes(bytes))
     }
 
     fn advance(&mut self, read: io::Result<Bytes>) -> io::Result<Chunk> {

@@ -44,6 +44,13 @@ struct Part {
     unvalidated: bool,
 }
 
+impl Part {
+    /// The whole length, if any answer has said it.
+    fn length(&self) -> Option<u64> {
+        self.head.length.or(self.total)
+    }
+}
+
 struct Unproven {
     old: Arc<SpoolFile>,
     released: u64,
@@ -164,7 +171,8 @@ impl<'a> Download<'a> {
             let provable = part.head.strong_etag().is_some() || self.flight.is_judged();
             !self.from_the_start && !part.spool.is_empty() && provable
         });
-        let resume = part.map(|part| Resume { offset: part.spool.len(), head: &part.head });
+        let resume =
+            part.map(|part| Resume { offset: part.spool.len(), head: &part.head, length: part.length() });
         let left = self.cache.limits.timeout.saturating_sub(self.progress.elapsed());
         let answer = timeout(left, self.cache.upstream.get(url, resume)).await.map_err(|_| {
             self.silent(format!("nothing new for {} s", self.cache.limits.timeout.as_secs_f32()))
@@ -239,9 +247,7 @@ impl<'a> Download<'a> {
             self.take(bytes).await?;
         }
         match &self.part {
-            Some(part)
-                if part.head.length.or(part.total).is_some_and(|length| length != part.spool.len()) =>
-            {
+            Some(part) if part.length().is_some_and(|length| length != part.spool.len()) => {
                 let message = "Upstream's body was cut short".to_owned();
                 let error =
                     Error::Upstream { status: None, source_url: self.url(), message, retry_after: None };

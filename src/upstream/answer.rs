@@ -173,7 +173,7 @@ fn continues(headers: &HeaderMap, resume: Resume<'_>) -> Option<u64> {
         Some(strong) => etag == Some(strong),
         None => etag.is_none_or(|etag| Some(etag) == resume.head.etag.as_deref()),
     };
-    let same_length = resume.head.length.is_none_or(|length| length == total);
+    let same_length = resume.length.is_none_or(|length| length == total);
     (first == resume.offset && last + 1 == total && same_length && same_etag).then_some(total)
 }
 
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn only_the_exact_rest_of_the_same_content_continues() {
         let head = head(Some(100), "\"a\"");
-        let resume = Resume { offset: 40, head: &head };
+        let resume = Resume { offset: 40, head: &head, length: head.length };
         let with = |range, etag| continues(&headers(&[("content-range", range), ("etag", etag)]), resume);
         assert_eq!(with("bytes 40-99/100", "\"a\""), Some(100));
         let without = headers(&[("content-range", "bytes 40-99/100")]);

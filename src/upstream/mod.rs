@@ -71,6 +71,8 @@ pub struct Resume<'a> {
     pub offset: u64,
     /// What the first answer said of its content.
     pub head: &'a Head,
+    /// The whole length, if any answer has said it.
+    pub length: Option<u64>,
 }
 
 /// Asks upstreams. Share it in an `Arc`.
@@ -100,7 +102,7 @@ impl Upstream {
     /// The answer is a 200, or a 206 that continues exactly what `resume` describes.
     pub async fn get(&self, url: &SourceUrl, resume: Option<Resume<'_>>) -> Result<Answer, Failure> {
         let mut headers = HeaderMap::new();
-        if let Some(Resume { offset, head }) = resume {
+        if let Some(Resume { offset, head, .. }) = resume {
             headers.insert(header::RANGE, header_value(format!("bytes={offset}-")));
             if let Some(etag) = head.strong_etag() {
                 headers.insert(header::IF_RANGE, header_value(etag.to_owned()));

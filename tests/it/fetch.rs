@@ -347,3 +347,16 @@ fn a_hit_never_contacts_upstream_whatever_the_client_says() {
     }
     assert_eq!(up.total(), 1);
 }
+
+#[test]
+fn head_of_an_empty_file_where_upstream_refuses_head() {
+    let (up, service) = (Upstream::start(), Service::new().start());
+    let url = up.on("/hollow", |x| match x.method() {
+        "HEAD" => x.reply(&Reply::new(405, Content::of(b""))),
+        // RFC 9110, section 14.2: no range of nothing can be satisfied.
+        _ => x.reply(&Reply::new(416, Content::of(b"")).field("Content-Range", "bytes */0")),
+    });
+    let answer = service.request("HEAD", &fetch_target(&url), &[]);
+    assert_eq!((answer.status, answer.header("Content-Length")), (200, "0"));
+    service.assert_nothing_stored();
+}

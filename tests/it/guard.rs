@@ -374,3 +374,16 @@ fn through_a_proxy_inside_names_are_judged_here() {
         assert_eq!(proxy.total(), 1);
     });
 }
+
+#[test]
+fn a_proxy_may_have_an_ipv6_address() {
+    let listener = match TcpListener::bind("[::1]:0") {
+        Ok(listener) => listener,
+        Err(e) => return skip("guard::a_proxy_may_have_an_ipv6_address", &format!("no ::1: {e}")),
+    };
+    let proxy = Upstream::on_listener(listener, None);
+    proxy.serve("http://public.test/x", Reply::ok(&Content::of(b"by proxy")));
+    let service = strict().env("UPSTREAM__PROXY", &format!("http://{}", proxy.address())).start();
+    service.fetch("http://public.test/x").assert_ok(b"by proxy");
+    assert_eq!(proxy.total(), 1);
+}

@@ -165,3 +165,29 @@ fn a_hit_needs_no_place() {
     gate.open();
     client.response("GET").assert_ok(b"late");
 }
+
+#[test]
+fn a_head_that_asks_upstream_takes_a_place() {
+    let (up, service) = (Upstream::start(), Service::new().env("UPSTREAM__MAX_DOWNLOADS", "2").start());
+    let gate = Gate::new();
+    let mut clients: Vec<Client> = Vec::new();
+    for n in 0..20 {
+        let door = gate.clone();
+        let url = up.on(&format!("/asked{n}"), move |x| {
+            door.wait();
+            x.reply(&Reply::ok(&Content::of(b"there")))
+        });
+        let mut client = service.connect();
+        client.request("HEAD", &fetch_target(&url), &[]);
+        clients.push(client);
+    }
+    eventually("two are asked", || (up.total() >= 2).then_some(()));
+    std::thread::sleep(crate::harness::QUIET);
+    assert_eq!(up.total(), 2, "the others wait");
+    gate.open();
+    for client in &mut clients {
+        let answer = client.response("HEAD");
+        assert_eq!((answer.status, answer.header("Content-Length")), (200, "5"));
+    }
+    assert_eq!(up.total(), 20);
+}

@@ -13,6 +13,7 @@ mod errors;
 mod fetch;
 mod framing;
 mod guard;
+mod hardship;
 mod health;
 mod http2;
 mod instruments;

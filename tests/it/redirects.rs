@@ -140,3 +140,12 @@ fn a_redirects_user_and_password_go_nowhere() {
     assert!(!format!("{json}{:?}", service.logs()).contains("swordfish"), "{json}");
     assert!(up.requests("/target").iter().all(|head| head.get("Authorization").is_none()));
 }
+
+#[test]
+fn a_location_with_raw_utf_8_is_followed() {
+    let (up, service) = (Upstream::start(), Service::new().start());
+    let content = Content::of(b"found");
+    up.serve("/gr%C3%B6%C3%9Fe/%E6%96%87%E4%BB%B6.txt", Reply::ok(&content));
+    let url = up.redirect("/umlaut", 302, "/größe/文件.txt");
+    service.fetch(&url).assert_ok(b"found");
+}

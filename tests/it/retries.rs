@@ -356,3 +356,108 @@ fn a_mixture_that_was_streamed_never_becomes_whole() {
     eventually("the right content is stored", || (service.stats()["total_items"] == 1).then_some(()));
     service.fetch_sha(&url, &content.sha256()).assert_ok(&content.bytes());
 }
+
+/// Serves the first 300,000 bytes without saying how many there are, and 1,000 more to each of the `short` requests
+/// that continue, though these name the whole length; then it is well again.
+fn ever_shorter(up: &Upstream, path: &str, content: &Content, short: usize, chunked: bool) -> String {
+    let content = content.clone();
+    up.on(path, move |x| {
+        let reply = Reply::ok(&content).field("ETag", "\"v1\"");
+        let (size, start) = (content.len(), x.range_start());
+        match start {
+            None => {
+                x.send("HTTP/1.1 200 OK\r\nETag: \"v1\"\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+                x.chunk(&content.piece(0, 300_000))
+            }
+            Some(start) if x.attempt <= short + 1 => {
+                let last = size - 1;
+                x.send(&format!(
+                    "HTTP/1.1 206 P\r\nETag: \"v1\"\r\nContent-Range: bytes {start}-{last}/{size}\r\n"
+                ))?;
+                let piece = content.piece(start, start + 1_000);
+                if chunked {
+                    x.send("Transfer-Encoding: chunked\r\n\r\n")?;
+                    x.chunk(&piece)?;
+                    x.send("0\r\n\r\n")
+                } else {
+                    x.send("Content-Length: 1000\r\n\r\n")?;
+                    x.raw(&piece)
+                }
+            }
+            Some(_) => x.reply(&reply),
+        }
+    })
+}
+
+#[test]
+fn a_206_that_ends_before_its_own_total_is_resumed() {
+    let (up, service, content) = (Upstream::start(), Service::new().start(), Content::new(66, 600_000));
+    for (path, chunked) in [("/length", false), ("/chunked", true)] {
+        let url = ever_shorter(&up, path, &content, 1, chunked);
+        service.fetch(&url).assert_ok(&content.bytes());
+        let ranges: Vec<_> =
+            up.requests(path).iter().map(|head| head.get("Range").map(String::from)).collect();
+        let expected = [None, Some("bytes=300000-".to_owned()), Some("bytes=301000-".to_owned())];
+        assert_eq!(ranges, expected, "{path}");
+    }
+}
+
+#[test]
+fn a_206_that_always_ends_before_its_own_total_is_never_taken_for_whole() {
+    let up = Upstream::start();
+    let service = Service::new().env("UPSTREAM__MAX_RETRIES", "2").start();
+    for (path, chunked) in [("/length", false), ("/chunked", true)] {
+        let url = ever_shorter(&up, path, &Content::new(67, 600_000), 100, chunked);
+        service.fetch(&url).assert_error(502, "upstream_error");
+    }
+    service.assert_nothing_stored();
+}
+
+#[test]
+fn a_206_without_the_etag_that_was_asked_for_is_never_mixed_in() {
+    let (up, service) = (Upstream::start(), Service::new().start());
+    let (old, new) = (Content::new(68, SIZE), Content::new(69, SIZE));
+    let (before, after) = (old, new.clone());
+    // It has never heard of If-Range, and the content has changed meanwhile.
+    let url = up.on("/deaf", move |x| match (x.attempt, x.range_start()) {
+        (1, _) => {
+            x.send(&Reply::ok(&before).field("ETag", "\"v1\"").head(200, 0))?;
+            x.body(&before, 0, CUT)
+        }
+        (_, Some(start)) => {
+            x.send(&Reply::ok(&after).head(206, start))?;
+            x.body(&after, start, SIZE)
+        }
+        _ => x.reply(&Reply::ok(&after)),
+    });
+    service.fetch(&url).assert_ok(&new.bytes());
+    assert_eq!(up.requests("/deaf")[1].get("If-Range"), Some("\"v1\""));
+}
+
+#[test]
+fn a_total_that_changes_between_two_206s_is_never_mixed_in() {
+    let (up, service) = (Upstream::start(), Service::new().start());
+    let (short, long) = (Content::new(70, 600_000), Content::new(71, 700_000));
+    let (before, after) = (short, long.clone());
+    let url = up.on("/swelling", move |x| {
+        let head = "ETag: \"v1\"\r\nTransfer-Encoding: chunked\r\n";
+        match (x.attempt, x.range_start()) {
+            (1, _) => {
+                x.send(&format!("HTTP/1.1 200 OK\r\n{head}\r\n"))?;
+                x.chunk(&before.piece(0, 300_000))
+            }
+            (2, Some(start)) => {
+                x.send(&format!(
+                    "HTTP/1.1 206 P\r\nContent-Range: bytes {start}-599999/600000\r\n{head}\r\n"
+                ))?;
+                x.chunk(&before.piece(start, start + 1_000))
+            }
+            _ => x.reply(&Reply::ok(&after).field("ETag", "\"v1\"")),
+        }
+    });
+    let answer = service.fetch(&url);
+    match answer.status {
+        200 => drop(answer.assert_ok(&long.bytes()).clone()),
+        _ => drop(answer.assert_error(502, "upstream_error")),
+    }
+}

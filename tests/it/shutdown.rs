@@ -1,6 +1,6 @@
 //! Stopping: what can end well does, everything is written, and the exit code is 0.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::harness::{Content, End, Gate, Reply, Service, Upstream, eventually, fetch_target};
 
@@ -148,4 +148,24 @@ fn the_log_is_checkpointed_soon_after_writes_end() {
         let rows: i64 = db.query_row("SELECT count(*) FROM artifacts", [], |r| r.get(0)).unwrap_or(0);
         (rows == 1).then_some(())
     });
+}
+
+#[test]
+fn a_reader_of_the_database_does_not_delay_the_end() {
+    let (up, mut service) = (Upstream::start(), Service::new().start());
+    let url = up.serve("/r", Reply::ok(&Content::new(153, 1000)));
+    assert_eq!(service.fetch(&url).status, 200);
+    let reader = service.sqlite();
+    reader.execute_batch("BEGIN").unwrap();
+    reader.query_row("SELECT count(*) FROM artifacts", [], |row| row.get::<_, i64>(0)).unwrap();
+    // Something that is still to be written, and a log that can't be emptied.
+    let fresh = up.serve("/s", Reply::ok(&Content::new(154, 1000)));
+    assert_eq!(service.fetch(&fresh).status, 200);
+    let asked = Instant::now();
+    service.term();
+    // Nobody is connected, so there is nothing to wait for; after ten seconds a container's engine kills.
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?} from SIGTERM to the end", asked.elapsed());
+    drop(reader);
+    let counted = "SELECT count(*) FROM artifacts WHERE access_count = 1";
+    assert_eq!(service.count_rows(counted), 2, "and all was written");
 }

@@ -1,6 +1,7 @@
 //! The store and the catalogue, with an operator's hands in them.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use crate::harness::{Content, Reply, Running, Service, Upstream, WRONG_SHA, eventually};
 
@@ -301,4 +302,100 @@ fn a_busy_database_fails_misses_in_time_and_no_hits() {
     assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
     lock.execute_batch("ROLLBACK").unwrap();
     assert_eq!(service.fetch(&fresh).assert_ok(b"fresh").cache_status(), "MISS");
+}
+
+#[test]
+fn a_date_never_stands_for_other_content() {
+    let (up, old) = (Upstream::start(), Content::new(125, 50_000));
+    let (service, url) = stored(&up, &old);
+    let mut dates = vec![service.fetch(&url).header("Last-Modified").to_string()];
+    // An upstream without dates: ours must move with the content, there and back again.
+    for (n, content) in [Content::new(126, 50_000), old].iter().enumerate() {
+        // Dates are whole seconds.
+        std::thread::sleep(Duration::from_millis(1_100));
+        let known = service.fetch(&url).header("X-Content-SHA256").to_string();
+        up.serve("/kept", Reply::ok(content));
+        fs::remove_file(service.blob(&known)).unwrap();
+        service.fetch(&url).assert_ok(&content.bytes());
+        for date in &dates {
+            let whole = service.fetch_with(&url, &[("If-Modified-Since", date)]);
+            whole.assert_ok(&content.bytes());
+            let fields = [("Range", "bytes=40000-"), ("If-Range", date)];
+            service.fetch_with(&url, &fields).assert_ok(&content.bytes());
+        }
+        let now = service.fetch(&url).header("Last-Modified").to_string();
+        assert_eq!(service.fetch_with(&url, &[("If-Modified-Since", &now)]).status, 304, "change {n}");
+        dates.push(now);
+    }
+}
+
+#[test]
+fn a_lost_blob_is_not_counted_as_stored() {
+    let (up, old) = (Upstream::start(), Content::new(127, 50_000));
+    let (service, url) = stored(&up, &old);
+    let new = Content::new(128, 40_000);
+    for (lost, content) in [(&old, &new), (&new, &old), (&old, &old)] {
+        up.serve("/kept", Reply::ok(content));
+        fs::remove_file(service.blob(&lost.sha256())).unwrap();
+        service.fetch(&url).assert_ok(&content.bytes());
+        let stats = service.stats();
+        let sums = (&stats["total_items"], &stats["unique_blobs"], &stats["stored_bytes"]);
+        assert_eq!(sums, (&1.into(), &1.into(), &content.len().into()), "{stats}");
+        assert_eq!(service.metric("artifact_cache_size_bytes"), content.len() as f64);
+    }
+}
+
+#[test]
+fn a_removed_blob_heals_although_a_backup_shares_its_file() {
+    let (up, content) = (Upstream::start(), Content::new(129, 50_000));
+    let (service, url) = stored(&up, &content);
+    let blob = service.blob(&content.sha256());
+    fs::hard_link(&blob, service.service().dir().join("backup")).unwrap();
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    fs::remove_file(&blob).unwrap();
+    assert_heals(&service, &url, &content);
+    assert_eq!(up.count("/kept"), 2);
+}
+
+/// A transaction that has read something and is not closed, as of a backup that takes its time.
+fn reader(service: &Running) -> rusqlite::Connection {
+    let reader = service.sqlite();
+    reader.execute_batch("BEGIN").unwrap();
+    reader.query_row("SELECT count(*) FROM artifacts", [], |row| row.get::<_, i64>(0)).unwrap();
+    reader
+}
+
+#[test]
+fn a_reader_of_the_database_does_not_slow_misses() {
+    let (up, content) = (Upstream::start(), Content::new(130, 1_000));
+    let (service, _) = stored(&up, &content);
+    let reader = reader(&service);
+    // Each comes when the log of the write before it is due to be emptied, which the reader does not allow. The one
+    // that was fastest is looked at, so that a busy machine is no failure.
+    let took = (0..3).map(|n| {
+        let url = up.serve(&format!("/while-read{n}"), Reply::ok(&Content::of(b"fresh")));
+        std::thread::sleep(Duration::from_millis(1_700));
+        let asked = Instant::now();
+        service.fetch(&url).assert_ok(b"fresh");
+        asked.elapsed()
+    });
+    let fastest = took.min().unwrap();
+    assert!(fastest < Duration::from_secs(3), "every miss waited for the reader: {fastest:?} and more");
+    drop(reader);
+}
+
+#[test]
+fn the_log_is_emptied_once_its_last_reader_is_gone() {
+    let (up, content) = (Upstream::start(), Content::new(131, 1_000));
+    let (service, _) = stored(&up, &content);
+    let reader = reader(&service);
+    let url = up.serve("/while-read", Reply::ok(&Content::of(b"fresh")));
+    service.fetch(&url).assert_ok(b"fresh");
+    let log = format!("{}-wal", service.service().database().display());
+    let length = || fs::metadata(&log).unwrap().len();
+    // Longer than anything waits for a lock, so that the reader is in the way of a whole attempt.
+    std::thread::sleep(Duration::from_secs(8));
+    assert!(length() > 0, "the reader needs it");
+    drop(reader);
+    eventually("it is empty, without another write", || (length() == 0).then_some(()));
 }
