@@ -28,7 +28,7 @@ const CLASSES: [(usize, usize); 3] = [(256 << 10, 12 << 20), (64 << 10, 20 << 20
 const REFER_FROM: u64 = 8 << 10;
 /// The longest part of a file that is given out at once.
 const REFER_BYTES: u64 = 512 << 10;
-const PROBE_EVERY: u64 = 16 << 10;
+const PROBE_EVERY: u64 = 64 << 10;
 /// How far a file is taken to be cold after a piece of it was.
 const COLD_BYTES: u64 = 4 << 20;
 /// Bytes of unused buffers kept for the next read.
@@ -234,14 +234,11 @@ fn cached(file: &File, offset: u64, most: u64) -> u64 {
         matches!(rustix::io::preadv2(file, space, at, ReadWriteFlags::NOWAIT), Ok(1))
     };
     let mut length = 0;
-    while length < most {
-        let step = PROBE_EVERY.min(most - length);
-        if !has(offset + length) || !has(offset + length + step - 1) {
-            break;
-        }
-        length += step;
+    while length < most && has(offset + length) {
+        length = most.min(length + PROBE_EVERY);
     }
-    length
+    // Of the last step only the beginning is known so far.
+    if length > 0 && !has(offset + length - 1) { (length - 1) / PROBE_EVERY * PROBE_EVERY } else { length }
 }
 
 /// What the page cache has at once; gives the buffer back when that is nothing, or the file system can't tell.

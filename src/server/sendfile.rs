@@ -28,6 +28,7 @@ use crate::blobs::FileRange;
 const SLOTS: usize = 64;
 /// The most that one call sends; also the longest slice of the window.
 const MOST_BYTES: usize = 1 << 20;
+const PAGE_BYTES: u64 = 4096;
 /// Addresses, never contents. It takes no memory: its pages are never touched.
 static WINDOW: [u8; MOST_BYTES + SLOTS] = [0; MOST_BYTES + SLOTS];
 /// What a promise shows of the real bytes at a time, to whoever wants to see them.
@@ -86,17 +87,19 @@ pub(super) fn send(
     before: &[IoSlice<'_>],
     promise: &IoSlice<'_>,
 ) -> io::Result<usize> {
+    let FileRange { file, mut offset, length } =
+        promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
     let mut sent = 0;
     if !before.is_empty() {
-        // MORE, so that a head does not travel in a packet of its own.
-        let flags = SendFlags::MORE | SendFlags::NOSIGNAL;
+        // MORE, so that a head does not travel in a packet of its own: a tenth faster. But a piece that does not begin
+        // with a page has one page more than a packet takes beside the head, and is then half as fast.
+        let more = if offset % PAGE_BYTES == 0 { SendFlags::MORE } else { SendFlags::empty() };
+        let flags = more | SendFlags::NOSIGNAL;
         sent = rustix::net::sendmsg(stream, before, &mut Default::default(), flags)?;
         if sent < before.iter().map(|slice| slice.len()).sum() {
             return Ok(sent);
         }
     }
-    let FileRange { file, mut offset, length } =
-        promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
     match rustix::fs::sendfile(stream, &*file, Some(&mut offset), length as usize) {
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(length) => Ok(sent + length),
