@@ -47,6 +47,29 @@ fn misses_hits_and_errors_read_as_in_the_document() {
 }
 
 #[test]
+fn the_lines_of_a_miss_a_hit_and_an_error() {
+    let (up, service) = (Upstream::start(), Service::new().start());
+    let url = up.serve("/snap", Reply::ok(&Content::new(141, 777)));
+    let gone = up.serve("/snap-gone", Reply::new(404, Content::of(b"")));
+    for url in [&url, &url, &gone] {
+        service.fetch(url);
+    }
+    service.wait_log("the error", |l| l["msg"] == "fetch failed");
+    let lines = service.logs().into_iter().filter(|l| l["client_ip"].is_string()).map(|mut line| {
+        for volatile in ["time", "duration_ms", "client_ip", "request_id"] {
+            assert!(!line[volatile].is_null(), "{volatile} in {line}");
+            line[volatile] = "*".into();
+        }
+        line.to_string().replace(&format!("{}", up.address()), "UPSTREAM")
+    });
+    insta::assert_snapshot!(lines.collect::<Vec<_>>().join("\n"), @r#"
+    {"time":"*","level":"INFO","msg":"cache MISS - downloaded from upstream","source_url":"http://UPSTREAM/snap","size_bytes":777,"duration_ms":"*","client_ip":"*","request_id":"*"}
+    {"time":"*","level":"INFO","msg":"cache HIT","source_url":"http://UPSTREAM/snap","size_bytes":777,"duration_ms":"*","client_ip":"*","request_id":"*"}
+    {"time":"*","level":"ERROR","msg":"fetch failed","source_url":"http://UPSTREAM/snap-gone","error":"upstream returned status 404","code":"upstream_error","duration_ms":"*","client_ip":"*","request_id":"*"}
+    "#);
+}
+
+#[test]
 fn an_error_is_logged_once() {
     let (up, service) = (Upstream::start(), Service::new().env("UPSTREAM__MAX_RETRIES", "2").start());
     let url = up.serve("/always", Reply::new(500, Content::of(b"")));
