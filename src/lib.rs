@@ -20,3 +20,4 @@ pub mod telemetry;
 // 0: pure values
 pub mod artifact;
 pub mod error;
+pub mod kill_point;

@@ -10,6 +10,7 @@ const LONGEST: usize = 600;
 const LAYERS: &[(&str, u8)] = &[
     ("artifact", 0),
     ("error", 0),
+    ("kill_point", 0),
     ("config", 1),
     ("telemetry", 1),
     ("catalog", 2),

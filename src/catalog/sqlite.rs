@@ -17,7 +17,10 @@ use crate::{
 /// How long a statement waits for another process's lock before it fails.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Numbered scripts; the database's `user_version` says how many it has seen.
-const MIGRATIONS: [&str; 1] = [include_str!("../../migrations/sqlite/0001_initial.sql")];
+const MIGRATIONS: [&str; 2] = [
+    include_str!("../../migrations/sqlite/0001_initial.sql"),
+    include_str!("../../migrations/sqlite/0002_jobs.sql"),
+];
 
 /// Takes the lock that keeps a second process away from this database.
 ///

@@ -2,9 +2,21 @@
 
 mod serve;
 
-use std::{error::Error, path::PathBuf, process::ExitCode};
+use std::{
+    error::Error,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Args, Parser, Subcommand};
+
+use crate::config::{self, Config};
+
+/// Read when it is there and no other file is named.
+const DEFAULT_CONFIG: &str = "config.yaml";
+
+/// What a verb comes to: the exit code it documents, or an error, which is printed and ends with 1.
+type Outcome = Result<ExitCode, Box<dyn Error>>;
 
 /// Fetch a public HTTP(S) artifact once, keep it for ever, and never lie about its content.
 ///
@@ -16,7 +28,7 @@ pub struct Cli {
     #[command(subcommand)]
     verb: Option<Verb>,
     #[command(flatten)]
-    serve: ServeArgs,
+    config: ConfigArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -31,30 +43,40 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Run the service (also when no command is given)
-    Serve(ServeArgs),
+    Serve,
 }
 
+/// Which configuration; the same for every verb that needs one.
 #[derive(Debug, Clone, Args)]
-struct ServeArgs {
+struct ConfigArgs {
     /// Configuration file [default: config.yaml in the working directory, if there is one; else built-in defaults]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
 }
 
-/// Runs what the command line says. 0: done; 1: it failed, and standard error says why; 2: the command line is wrong.
-pub fn run() -> ExitCode {
-    let cli = Cli::parse();
-    let done = match cli.verb {
-        Some(Verb::Serve(args)) => serve::serve(args.config.or(cli.serve.config)),
-        None => serve::serve(cli.serve.config),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
+impl ConfigArgs {
+    /// Reads the configuration, and says from which file it came.
+    fn load(&self) -> Result<(Config, Option<PathBuf>), config::ConfigError> {
+        let default = Path::new(DEFAULT_CONFIG);
+        let file = self.config.clone().or_else(|| default.exists().then(|| default.to_owned()));
+        // Variables that are not UTF-8 can't be ours.
+        let env = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Ok((Config::load(file.as_deref(), env)?, file))
     }
+}
+
+/// Runs what the command line says. 0: done; 1: it failed, and standard error says why; 2: the command line is wrong;
+/// other codes are in the verb's own help.
+pub fn run() -> ExitCode {
+    let Cli { verb, config } = Cli::parse();
+    let done = match verb {
+        None | Some(Verb::Serve) => serve::serve(&config),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {}", chain(&*error));
+        ExitCode::FAILURE
+    })
 }
 
 /// An error and its causes in one line.

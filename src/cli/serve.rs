@@ -1,12 +1,6 @@
 //! `artifact-cache serve`: from the configuration to a running service, and to its clean end.
 
-use std::{
-    error::Error,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{error::Error, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use tokio::{
     net::TcpListener,
@@ -14,6 +8,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::{ConfigArgs, Outcome};
 use crate::{
     blobs::Blobs,
     cache::Cache,
@@ -25,21 +20,14 @@ use crate::{
     upstream::Upstream,
 };
 
-/// Read when it is there and no other file is named.
-const DEFAULT_CONFIG: &str = "config.yaml";
 /// Threads for waiting, beside those of downloads.
 const BLOCKING_THREADS: usize = 256;
 /// How long the ends of abandoned downloads may keep the process.
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT.
-pub(super) fn serve(config: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
-    let default = Path::new(DEFAULT_CONFIG);
-    let file = config.or_else(|| default.exists().then(|| default.to_owned()));
-    // Variables that are not UTF-8 can't be ours.
-    let env = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let config = Config::load(file.as_deref(), env)?;
+pub(super) fn serve(args: &ConfigArgs) -> Outcome {
+    let (config, file) = args.load()?;
     let log = telemetry::init(&config.logging)?;
     raise_descriptor_limit();
     // Each download has a thread that writes; the others are for what waits for the disk now and then.
@@ -51,7 +39,7 @@ pub(super) fn serve(config: Option<PathBuf>) -> Result<(), Box<dyn Error>> {
     let metrics = Metrics::new(log.dropped_lines());
     let served = runtime.block_on(run(config, file.as_deref(), metrics));
     runtime.shutdown_timeout(RUNTIME_GRACE);
-    served
+    served.map(|()| ExitCode::SUCCESS)
 }
 
 async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Result<(), Box<dyn Error>> {
