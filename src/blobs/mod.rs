@@ -9,6 +9,7 @@
 
 mod read;
 mod spool;
+mod sweep_lock;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -26,6 +27,7 @@ use tokio::sync::Semaphore;
 use crate::{artifact::Digest, config::Storage, error::Error};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
+pub use sweep_lock::SweepLock;
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";
