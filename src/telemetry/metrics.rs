@@ -109,6 +109,8 @@ pub struct Metrics {
     free_bytes: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
+    /// When the newest snapshot of the database was taken, in Unix time; 0 if there is none.
+    pub snapshot_timestamp: Gauge,
 }
 
 impl Metrics {
@@ -156,6 +158,11 @@ impl Metrics {
             size_bytes: gauge(r, "size_bytes", "Bytes stored on disk after deduplication"),
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),
             orphan_blobs: gauge(r, "orphan_blobs", "Stored files that the catalogue does not know"),
+            snapshot_timestamp: gauge(
+                r,
+                "database_snapshot_timestamp_seconds",
+                "When the newest snapshot of the database was taken, in Unix time",
+            ),
             registry,
         })
     }
