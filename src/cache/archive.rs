@@ -37,7 +37,6 @@ pub enum Archive {
 #[derive(Debug)]
 pub(super) struct Claim {
     archive: Mutex<Archive>,
-    note: String,
     has_census: AtomicBool,
 }
 
@@ -49,13 +48,12 @@ impl Claim {
             let archive = judge(identity, catalog.is_new(), owner.as_deref(), blobs.is_empty()?);
             Ok((archive, owner.is_none()))
         });
-        let note = identity.to_string();
         let (archive, is_unclaimed) = judged.unwrap_or_else(|cause| {
             tracing::warn!(error = %cause, "can't tell whether storage.database belongs to storage.base_path");
             (Archive::Known, false)
         });
         match archive {
-            Archive::Known => write_note(blobs, &note),
+            Archive::Known => take_possession(catalog, blobs),
             doubt => {
                 tracing::error!(
                     database_is = ?doubt,
@@ -67,7 +65,7 @@ impl Claim {
                 }
             }
         }
-        Claim { archive: Mutex::new(archive), note, has_census: AtomicBool::new(false) }
+        Claim { archive: Mutex::new(archive), has_census: AtomicBool::new(false) }
     }
 
     /// A census has been taken.
@@ -76,13 +74,13 @@ impl Claim {
     }
 
     /// The verdict now. A database that knows every blob is the right one, whatever it was at the start.
-    pub(super) fn verdict(&self, blobs: &Blobs, orphans: i64, tolerated: i64) -> Archive {
+    pub(super) fn verdict(&self, catalog: &Catalog, blobs: &Blobs, orphans: i64, tolerated: i64) -> Archive {
         let mut archive = self.lock();
         match *archive {
             Archive::Known if orphans > tolerated => return Archive::ManyOrphans,
             Archive::Known => {}
             _ if orphans == 0 && self.has_census.load(Ordering::Acquire) => {
-                write_note(blobs, &self.note);
+                take_possession(catalog, blobs);
                 *archive = Archive::Known;
             }
             _ => {}
@@ -108,6 +106,16 @@ fn judge(identity: &Identity, is_new: bool, owner: Option<&str>, is_empty: bool)
         Ok(_) if id == identity.database_id => Archive::Older,
         _ if is_new => Archive::New,
         _ => Archive::Other,
+    }
+}
+
+/// Counts the start on both sides, the database's first: it may be ahead of the note, never behind. While in doubt
+/// neither is counted, or a few restarts would make an old database the right one.
+fn take_possession(catalog: &Catalog, blobs: &Blobs) {
+    match catalog.note_start() {
+        Ok(identity) => write_note(blobs, &identity.to_string()),
+        // A full disk must not keep hits from being served.
+        Err(cause) => tracing::warn!(error = %cause, "the start can't be noted in the database"),
     }
 }
 

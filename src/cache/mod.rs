@@ -273,7 +273,7 @@ impl Cache {
     /// Whether the database is the one that records this store.
     fn archive(&self) -> Archive {
         let orphans = self.metrics.orphan_blobs.get();
-        self.claim.verdict(&self.blobs, orphans, self.limits.tolerated_orphans)
+        self.claim.verdict(&self.catalog, &self.blobs, orphans, self.limits.tolerated_orphans)
     }
 
     /// There is something that a snapshot of the database would save.

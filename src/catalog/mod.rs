@@ -162,7 +162,7 @@ fn cure(snapshot: Option<&Path>) -> String {
 pub struct Identity {
     /// Made up when the database was.
     pub database_id: String,
-    /// Starts of the service on it, this one included.
+    /// Starts of the service on it.
     pub starts: u64,
 }
 
@@ -228,10 +228,6 @@ impl Catalog {
         let lock = Lock::take(path)?;
         let (writing, is_new) = sqlite::open(path)?;
         let sqlite = |cause| OpenError::Sqlite { path: path.to_owned(), cause };
-        if let Err(cause) = sqlite::note_start(&writing) {
-            // A full disk must not keep hits from being served.
-            tracing::warn!(error = %cause, "the database can't be written");
-        }
         let identity = sqlite::identity(&writing)
             .map_err(sqlite)?
             .ok_or_else(|| OpenError::NotOurs { path: path.to_owned() })?;
@@ -286,9 +282,15 @@ impl Catalog {
         self.status.read_only.load(Ordering::Relaxed) || self.status.corrupt.load(Ordering::Relaxed)
     }
 
-    /// Which database this is.
+    /// Which database this is, as it was when it was opened.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Counts this start, durably, and returns what the database is from now on. Blocks.
+    pub fn note_start(&self) -> Result<Identity, CopyError> {
+        let refused = |cause| CopyError::Sqlite { path: self.path.clone(), cause };
+        sqlite::note_start(&self.path).map_err(refused)
     }
 
     /// This process has made the database: there was none.

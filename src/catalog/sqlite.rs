@@ -151,9 +151,11 @@ pub(super) fn identity(db: &Connection) -> rusqlite::Result<Option<Identity>> {
     .optional()
 }
 
-/// Counts one more start.
-pub(super) fn note_start(db: &Connection) -> rusqlite::Result<()> {
-    db.execute("UPDATE identity SET starts = starts + 1", []).map(drop)
+/// Counts one more start, on a connection of its own: the one that writes belongs to its thread by then.
+pub(super) fn note_start(path: &Path) -> rusqlite::Result<Identity> {
+    let db = open_existing(path)?;
+    db.execute("UPDATE identity SET starts = starts + 1", [])?;
+    identity(&db)?.ok_or(rusqlite::Error::QueryReturnedNoRows)
 }
 
 /// Writes something that changes nothing, through to the disk.
