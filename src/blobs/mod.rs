@@ -303,7 +303,7 @@ impl Blobs {
                 removed => removed.and_then(|()| sync_dir(&self.base)),
             };
         };
-        let new = self.base.join(SPOOL_DIR).join("owner");
+        let new = path.with_extension("new");
         fs::write(&new, format!("{owner}\n"))?;
         File::open(&new)?.sync_all()?;
         fs::rename(&new, &path)?;

@@ -197,7 +197,7 @@ impl Work {
         }
         if self.status.read_only.load(Ordering::Relaxed) && self.last_probe.elapsed() >= PROBE_EVERY {
             self.last_probe = Instant::now();
-            let written = self.settle().and_then(|()| sqlite::probe(&self.db));
+            let written = self.settle().and_then(|()| sqlite::probe(&mut self.db));
             self.note(written.as_ref().err());
         }
         if self.dirty_since.is_some_and(|since| since.elapsed() >= Duration::from_secs(1)) {
@@ -216,9 +216,12 @@ impl Work {
             sqlite::add_accesses(&tx, counted.iter().map(|(&id, &count)| (id, count)))?;
             tx.commit()
         })();
+        let is_known = self.status.read_only.load(Ordering::Relaxed);
         self.note(written.as_ref().err());
         if let Err(cause) = written {
-            tracing::warn!(error = %cause, "access counts not written, will be tried again");
+            if !is_known {
+                tracing::warn!(error = %cause, "access counts not written, will be tried again");
+            }
             let mut accesses = self.accesses.lock().unwrap_or_else(PoisonError::into_inner);
             counted.into_iter().for_each(|(id, count)| *accesses.entry(id).or_default() += count);
         }
@@ -282,7 +285,10 @@ impl Work {
             // Tried again at the next tick.
             Ok(false) => {}
             Err(cause) => {
-                tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again");
+                // A disk that fails is told of once, by `note`.
+                if !sqlite::is_unwritable(&cause) {
+                    tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again");
+                }
                 self.note(Some(&cause));
             }
         }
