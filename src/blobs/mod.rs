@@ -151,6 +151,7 @@ impl Blobs {
                 return Err(OpenError::OtherFileSystem { path: dir.clone() });
             }
         }
+        SweepLock::prepare(&base).map_err(failed(&base))?;
         // Proves that it can be written before the first client has to find out.
         let probe = spool.join("probe");
         fs::write(&probe, b"").map_err(failed(&probe))?;

@@ -19,6 +19,11 @@ pub struct SweepLock {
 }
 
 impl SweepLock {
+    /// Makes the file, so that a backup may be run by a user who can't write to the store.
+    pub(super) fn prepare(base_path: &Path) -> io::Result<()> {
+        open(base_path).map(drop)
+    }
+
     /// For a backup: no blob is deleted while this is held. Waits for a sweep to end its turn.
     pub fn shared(base_path: &Path) -> io::Result<SweepLock> {
         let file = open(base_path)?;
@@ -37,7 +42,7 @@ impl SweepLock {
     }
 }
 
-/// Reading is enough to lock it, so a backup may be run by a user who can't write to the store.
+/// Reading is enough to lock it.
 fn open(base_path: &Path) -> io::Result<File> {
     let path = base_path.join(SWEEP_LOCK_FILE);
     match File::open(&path) {

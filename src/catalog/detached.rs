@@ -18,7 +18,7 @@ use crate::{artifact::Digest, kill_point};
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
     /// SQLite refuses.
-    #[error("can't copy the database {path}: {cause}")]
+    #[error("can't copy the database {path}: {cause}{}", hint(cause))]
     Sqlite {
         /// The file at fault.
         path: PathBuf,
@@ -52,6 +52,15 @@ pub enum CopyError {
         /// Its size in bytes.
         needed: u64,
     },
+}
+
+fn hint(cause: &rusqlite::Error) -> &'static str {
+    match cause.sqlite_error_code() {
+        Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied) => {
+            "; is it there, and is this the user of the service?"
+        }
+        _ => "",
+    }
 }
 
 /// A blob as a database records it.
