@@ -244,6 +244,7 @@ impl Cache {
             items: totals.items,
             stored_bytes: totals.stored_bytes,
             free_bytes: self.blobs.free_bytes().unwrap_or(0),
+            partial_bytes: self.blobs.partial_bytes(),
         }
     }
 
@@ -264,6 +265,11 @@ impl Cache {
         blobs
             .into_iter()
             .try_fold(0, |orphans, digest| Ok(orphans + u64::from(!self.catalog.knows_blob(digest)?)))
+    }
+
+    /// Removes downloads that broke off and nobody went on with in time. Blocks.
+    pub fn give_up_expired_partials(&self) {
+        self.blobs.give_up_expired_partials();
     }
 
     /// Tells how many there are in all.

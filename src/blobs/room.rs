@@ -1,0 +1,143 @@
+//! Room on the disk: what is free, what downloads under way have been promised of it, and what must stay free.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use rustix::fs::FallocateFlags;
+
+use super::partial::Partials;
+use crate::error::Error;
+
+/// How far a file's blocks are allocated ahead of its writer, at most: a claimed length must not cost more.
+const ALLOCATE_AHEAD: u64 = 64 << 20;
+/// Below this, allocating ahead costs more than it saves.
+const ALLOCATE_FROM: u64 = 1 << 20;
+
+/// The file system of the store.
+#[derive(Debug)]
+pub(super) struct Disk {
+    base: PathBuf,
+    min_free_bytes: u64,
+    /// Bytes that downloads under way have announced and not yet allocated.
+    reserved: AtomicU64,
+    /// What can be given up before a download is refused.
+    partials: Arc<Partials>,
+}
+
+impl Disk {
+    pub(super) fn new(base: &Path, min_free_bytes: u64, partials: Arc<Partials>) -> Disk {
+        Disk { base: base.to_owned(), min_free_bytes, reserved: AtomicU64::new(0), partials }
+    }
+
+    /// Bytes free to an ordinary user.
+    pub(super) fn free_bytes(&self) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(&self.base)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    /// Less than `storage.min_free_bytes` is left, even if every download that broke off were given up.
+    pub(super) fn is_nearly_full(&self) -> io::Result<bool> {
+        Ok(self.free_bytes()?.saturating_add(self.partials.bytes()) < self.min_free_bytes)
+    }
+
+    /// Whether `bytes` more than `storage.min_free_bytes` are free. Downloads that broke off are given up for it, the
+    /// oldest first.
+    pub(super) fn has_room(&self, bytes: u64) -> io::Result<bool> {
+        let needed = self.min_free_bytes.saturating_add(bytes);
+        while self.free_bytes()? < needed {
+            if !self.partials.give_up_oldest() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Claims room for a download of `announced` bytes, of which the first `present` are in its file already.
+    ///
+    /// # Errors
+    /// When that would leave less than `storage.min_free_bytes`, with what other downloads have been promised.
+    pub(super) fn reserve(self: &Arc<Self>, announced: Option<u64>, present: u64) -> Result<Room, Error> {
+        let outstanding = announced.unwrap_or(0).saturating_sub(present);
+        let others = self.reserved.fetch_add(outstanding, Ordering::Relaxed);
+        // From here on dropping `room` gives the claim back.
+        let room =
+            Room { disk: self.clone(), outstanding, announced, allocated: present, can_allocate: true };
+        match self.has_room(others.saturating_add(outstanding)) {
+            Ok(true) => Ok(room),
+            Ok(false) => Err(Error::disk_full()),
+            Err(cause) => Err(Error::io("Failed to write to cache storage", &cause)),
+        }
+    }
+}
+
+/// One download's claim on the disk: what it announced and has not allocated yet is kept from other downloads.
+#[derive(Debug)]
+pub(super) struct Room {
+    disk: Arc<Disk>,
+    /// This download's part of `reserved`.
+    outstanding: u64,
+    announced: Option<u64>,
+    allocated: u64,
+    can_allocate: bool,
+}
+
+impl Room {
+    /// The length that was announced, in bytes.
+    pub(super) fn announced(&self) -> Option<u64> {
+        self.announced
+    }
+
+    /// Makes sure that the file may grow to `end`, allocating blocks in growing steps ahead of the writer.
+    pub(super) fn make(&mut self, file: &File, end: u64) -> io::Result<()> {
+        if end <= self.allocated {
+            return Ok(());
+        }
+        let ahead = self.allocated.clamp(ALLOCATE_FROM, ALLOCATE_AHEAD);
+        let target = match self.announced {
+            Some(length) => (self.allocated + ahead).min(length).max(end),
+            None => (self.allocated + ahead).max(end),
+        };
+        let step = target - self.allocated;
+        if self.announced.is_none_or(|length| end > length) && !self.disk.has_room(step + self.promised())? {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        if self.can_allocate
+            && self.announced.is_none_or(|length| length > ALLOCATE_FROM)
+            && target > ALLOCATE_FROM
+        {
+            match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, self.allocated, step) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => self.can_allocate = false,
+                Err(cause) => return Err(cause.into()),
+            }
+        }
+        self.allocated = target;
+        let settled = step.min(self.outstanding);
+        self.outstanding -= settled;
+        self.disk.reserved.fetch_sub(settled, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Bytes kept for other downloads, which announced their length.
+    fn promised(&self) -> u64 {
+        self.disk.reserved.load(Ordering::Relaxed).saturating_sub(self.outstanding)
+    }
+
+    /// Gives back blocks allocated past the end.
+    pub(super) fn trim(&mut self, file: &File, length: u64) -> io::Result<()> {
+        if self.allocated > length { file.set_len(length) } else { Ok(()) }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.disk.reserved.fetch_sub(self.outstanding, Ordering::Relaxed);
+    }
+}
