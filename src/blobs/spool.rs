@@ -37,6 +37,7 @@ const WRITE_OUT_EVERY: u64 = 8 << 20;
 /// has got far enough for a checkpoint, and removes it otherwise.
 #[derive(Debug)]
 pub struct Spool {
+    /// Dropped first: a condemned file has lost its name when the thread learns that no more comes.
     file: Unpublished,
     orders: mpsc::UnboundedSender<Order>,
     thread: JoinHandle<io::Result<Ended>>,
@@ -73,18 +74,18 @@ pub struct Written {
     pub(super) file: Unpublished,
 }
 
-/// Removes the file's name when it is dropped before the file was published; readers keep what they have open.
+/// Removes the name of a condemned file when it is dropped before the file was published; readers keep what they have
+/// open. Any other is left to its thread, which knows whether there is a checkpoint.
 #[derive(Debug)]
 pub(super) struct Unpublished {
     file: Arc<SpoolFile>,
-    /// Of no use to a later download, so that it goes even if it could be resumed.
+    /// Of no use to a later download.
     is_condemned: bool,
 }
 
 impl Drop for Unpublished {
     fn drop(&mut self) {
-        // Its thread leaves a resumable one to a later download, when it has written the last checkpoint.
-        if self.is_condemned || !self.file.is_resumable() {
+        if self.is_condemned {
             self.file.remove();
         }
     }
@@ -239,12 +240,13 @@ impl Spool {
 
     /// Gives up, as dropping does, and waits until nothing happens to the file any more.
     pub async fn leave(self) {
-        let Spool { file, orders, thread, .. } = self;
-        drop(file);
+        let Spool { file: unpublished, orders, thread, .. } = self;
+        let file = unpublished.file.clone();
+        drop(unpublished);
         drop(orders);
         // It has ended when it met an error, and `write` has asked it why.
-        if !thread.is_finished() {
-            let _ = thread.await;
+        if !thread.is_finished() && thread.await.is_err() {
+            file.remove();
         }
     }
 
@@ -337,10 +339,6 @@ impl SpoolFile {
     /// Hands the name over to the caller.
     pub(super) fn take_name(&self) -> Option<PathBuf> {
         self.name().take().map(|name| name.path)
-    }
-
-    fn is_resumable(&self) -> bool {
-        self.name().as_ref().is_some_and(|name| name.is_resumable)
     }
 
     fn remove(&self) {
@@ -440,7 +438,8 @@ impl Writing {
         match self.checkpoints {
             Some(mut checkpoints) if is_whole => checkpoints.settle()?,
             Some(checkpoints) => checkpoints.leave(&self.file, self.written, &self.hasher)?,
-            None => {}
+            None if is_whole => {}
+            None => self.file.remove(),
         }
         Ok(is_whole.then(|| (self.hasher.finish(), self.written)))
     }

@@ -21,6 +21,7 @@ mod limits;
 mod logs;
 mod memory;
 mod metrics;
+mod partial;
 mod ranges;
 mod redirects;
 mod retries;
