@@ -15,7 +15,7 @@ mod spool;
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -143,19 +143,16 @@ impl Blobs {
             Err(TryLockError::WouldBlock) => return Err(OpenError::Locked { path: base }),
             Err(TryLockError::Error(cause)) => return Err(failed(&lock_path)(cause)),
         }
-        for dir in [&spool, &quarantine] {
-            if fs::metadata(dir).map_err(failed(dir))?.dev()
-                != fs::metadata(&base).map_err(failed(&base))?.dev()
-            {
-                return Err(OpenError::OtherFileSystem { path: dir.clone() });
-            }
-        }
-        // Proves that it can be written before the first client has to find out.
-        let probe = spool.join("probe");
-        fs::write(&probe, b"").map_err(failed(&probe))?;
         let partials = Arc::new(Partials::open(&spool, config)?);
+        let disk = Disk::new(&base, config.min_free_bytes, partials.clone());
+        // Proves that it can be written before the first client has to find out.
+        match disk.probe() {
+            // Hits can be served all the same, and room may come.
+            Err(OpenError::Io { cause, .. }) if is_full(&cause) => disk.note_failure(true),
+            tried => tried?,
+        }
         Ok(Blobs {
-            disk: Arc::new(Disk::new(&base, config.min_free_bytes, partials.clone())),
+            disk: Arc::new(disk),
             base,
             next_spool: AtomicU64::new(partials.next_number()),
             partials,
@@ -253,9 +250,10 @@ impl Blobs {
     pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Published, Error> {
         let blobs = self.clone();
         tokio::task::spawn_blocking(move || {
-            let replaced = blobs
-                .publish_now(&written)
-                .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
+            let published = blobs.publish_now(&written);
+            blobs.disk.note_failure(published.is_err());
+            let replaced =
+                published.map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
             Ok(Published { file: written.file().clone(), replaced })
         })
         .await
@@ -334,6 +332,11 @@ impl Blobs {
         self.disk.is_nearly_full().unwrap_or(false)
     }
 
+    /// New blobs can be written, as far as is known.
+    pub fn is_writable(&self) -> bool {
+        self.disk.is_writable()
+    }
+
     /// Hits can't be served: the base directory can't be read.
     pub fn check_readable(&self) -> io::Result<()> {
         fs::read_dir(&self.base).map(drop)
@@ -357,6 +360,10 @@ impl Blobs {
     fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

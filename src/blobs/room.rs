@@ -1,24 +1,27 @@
-//! Room on the disk: what is free, what downloads under way have been promised of it, and what must stay free.
+//! The disk below the store: whether it takes what is written, how much of it is free, what downloads under way have
+//! been promised of that, and what must stay free.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{Access, FallocateFlags};
 
-use super::partial::Partials;
+use super::{OpenError, QUARANTINE_DIR, SPOOL_DIR, partial::Partials};
 use crate::error::Error;
 
 /// How far a file's blocks are allocated ahead of its writer, at most: a claimed length must not cost more.
 const ALLOCATE_AHEAD: u64 = 64 << 20;
 /// Below this, allocating ahead costs more than it saves.
 const ALLOCATE_FROM: u64 = 1 << 20;
+/// What is written to try the disk; smaller files may need no block of their own.
+const PROBE: [u8; 8 << 10] = [0; 8 << 10];
 
 /// The file system of the store.
 #[derive(Debug)]
@@ -29,11 +32,60 @@ pub(super) struct Disk {
     reserved: AtomicU64,
     /// What can be given up before a download is refused.
     partials: Arc<Partials>,
+    /// The last write failed.
+    failed: AtomicBool,
 }
 
 impl Disk {
     pub(super) fn new(base: &Path, min_free_bytes: u64, partials: Arc<Partials>) -> Disk {
-        Disk { base: base.to_owned(), min_free_bytes, reserved: AtomicU64::new(0), partials }
+        let (reserved, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+        Disk { base: base.to_owned(), min_free_bytes, reserved, partials, failed }
+    }
+
+    /// Notes whether the last write has failed.
+    pub(super) fn note_failure(&self, failed: bool) {
+        self.failed.store(failed, Ordering::Relaxed);
+    }
+
+    /// Whether new blobs can be written. Tries it only if the last write failed, so that being asked wakes no disk.
+    pub(super) fn is_writable(&self) -> bool {
+        let is_allowed = |dir| rustix::fs::access(self.base.join(dir), Access::WRITE_OK).is_ok();
+        if !is_allowed(SPOOL_DIR) || !is_allowed("") {
+            return false;
+        }
+        if !self.failed.load(Ordering::Relaxed) {
+            return true;
+        }
+        let failed = self.probe().is_err();
+        self.note_failure(failed);
+        !failed
+    }
+
+    /// Tries what downloads and repairs do: make a directory, write a file in the spool, move it there, move it aside.
+    pub(super) fn probe(&self) -> Result<(), OpenError> {
+        let dir = self.base.join(".probe");
+        let [spooled, placed, aside] =
+            [self.base.join(SPOOL_DIR), dir.clone(), self.base.join(QUARANTINE_DIR)]
+                .map(|dir| dir.join("probe"));
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |cause: io::Error| match cause.kind() {
+                io::ErrorKind::CrossesDevices => {
+                    OpenError::OtherFileSystem { path: path.parent().unwrap_or(&path).to_owned() }
+                }
+                _ => OpenError::Io { path, cause },
+            }
+        };
+        let tried = fs::create_dir_all(&dir)
+            .map_err(at(&dir))
+            .and_then(|()| fs::write(&spooled, PROBE).map_err(at(&spooled)))
+            .and_then(|()| fs::rename(&spooled, &placed).map_err(at(&spooled)))
+            .and_then(|()| fs::rename(&placed, &aside).map_err(at(&aside)));
+        for leftover in [spooled, placed, aside] {
+            let _ = fs::remove_file(leftover);
+        }
+        let _ = fs::remove_dir(dir);
+        tried
     }
 
     /// Bytes free to an ordinary user.
@@ -89,6 +141,11 @@ pub(super) struct Room {
 }
 
 impl Room {
+    /// The disk that it is on.
+    pub(super) fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
     /// The length that was announced, in bytes.
     pub(super) fn announced(&self) -> Option<u64> {
         self.announced

@@ -123,12 +123,10 @@ impl Spool {
         checkpoints: Option<Checkpoints>,
         pool: Arc<Semaphore>,
     ) -> Result<Spool, Error> {
-        let file = File::options()
-            .create_new(true)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
+        let file = File::options().create_new(true).read(true).write(true).open(&path).map_err(|cause| {
+            room.disk().note_failure(true);
+            Error::io("Failed to write to cache storage", &cause)
+        })?;
         let name = Name { path, is_resumable: false };
         Ok(Spool::start(file, name, Hasher::new(), 0, room, checkpoints, pool))
     }
@@ -385,9 +383,10 @@ struct Writing {
 
 impl Writing {
     fn run(mut self, incoming: mpsc::UnboundedReceiver<Order>) -> io::Result<Ended> {
-        let file = self.file.clone();
+        let (file, disk) = (self.file.clone(), self.room.disk().clone());
         let ended = self.follow(incoming).and_then(|is_whole| self.end(is_whole));
         if ended.is_err() {
+            disk.note_failure(true);
             // What is in it can't be known any more, not even what an earlier checkpoint speaks of.
             file.remove();
         }

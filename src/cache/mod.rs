@@ -253,7 +253,7 @@ impl Cache {
         let unreadable = self.catalog.totals().is_err() || self.blobs.check_readable().is_err();
         Health {
             hits: !unreadable,
-            disk: !self.blobs.is_nearly_full(),
+            disk: !self.blobs.is_nearly_full() && self.blobs.is_writable(),
             database: !self.catalog.is_read_only(),
         }
     }
@@ -392,7 +392,7 @@ fn detect(spool: &SpoolFile, head: &Head) -> String {
 pub struct Health {
     /// The catalogue and the store can be read.
     pub hits: bool,
-    /// There is room for new downloads.
+    /// There is room for new downloads, and they can be written.
     pub disk: bool,
     /// The database can be written.
     pub database: bool,
