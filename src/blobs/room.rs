@@ -102,13 +102,16 @@ impl Disk {
     /// Whether `bytes` more than `storage.min_free_bytes` are free. Downloads that broke off are given up for it, the
     /// oldest first.
     pub(super) fn has_room(&self, bytes: u64) -> io::Result<bool> {
-        let needed = self.min_free_bytes.saturating_add(bytes);
-        while self.free_bytes()? < needed {
+        while !self.is_free(bytes)? {
             if !self.partials.give_up_oldest() {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    fn is_free(&self, bytes: u64) -> io::Result<bool> {
+        Ok(self.free_bytes()? >= self.min_free_bytes.saturating_add(bytes))
     }
 
     /// Claims room for a download of `announced` bytes, of which the first `present` are in its file already.
@@ -157,14 +160,21 @@ impl Room {
             return Ok(());
         }
         let ahead = self.allocated.clamp(ALLOCATE_FROM, ALLOCATE_AHEAD);
-        let target = match self.announced {
+        let mut target = match self.announced {
             Some(length) => (self.allocated + ahead).min(length).max(end),
             None => (self.allocated + ahead).max(end),
         };
-        let step = target - self.allocated;
-        if self.announced.is_none_or(|length| end > length) && !self.disk.has_room(step + self.promised())? {
-            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        if self.announced.is_none_or(|length| end > length) {
+            let promised = self.promised();
+            if !self.disk.is_free(promised + (target - self.allocated))? {
+                // What is only allocated ahead is not worth refusing the download, or giving anything up.
+                target = end;
+                if !self.disk.has_room(promised + (end - self.allocated))? {
+                    return Err(io::Error::from(io::ErrorKind::StorageFull));
+                }
+            }
         }
+        let step = target - self.allocated;
         if self.can_allocate
             && self.announced.is_none_or(|length| length > ALLOCATE_FROM)
             && target > ALLOCATE_FROM

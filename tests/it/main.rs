@@ -9,6 +9,7 @@ mod checksums;
 mod cli;
 mod connections;
 mod crash;
+mod disk;
 mod errors;
 mod fetch;
 mod framing;
