@@ -29,6 +29,9 @@ const EXTENSION: &str = "checkpoint";
 const NEW_EXTENSION: &str = "new";
 /// No checkpoint is longer: a URL has at most 8 KiB, and a header field of an upstream not much more.
 const MAX_CHECKPOINT_BYTES: u64 = 256 << 10;
+/// Times as long as a checkpoint took are waited before the next, so that they never take more than a tenth of the
+/// disk: what a kill may cost is time, and a fast download makes up for it fast.
+const REST: u32 = 9;
 
 /// What a download is of, so that a later one can tell whether it may go on with it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -109,7 +112,9 @@ impl Partials {
             match partials.load(path) {
                 Ok(Some(partial)) => partials.put(partial),
                 Ok(None) => {}
-                Err(cause) => tracing::warn!(error = %cause, "a download that broke off can't be continued"),
+                Err(cause) => {
+                    tracing::warn!(path = %path.display(), error = %cause, "a download that broke off can't be continued");
+                }
             }
         }
         let kept: HashSet<PathBuf> =
@@ -150,7 +155,7 @@ impl Partials {
     pub(super) fn checkpoints(self: &Arc<Self>, origin: Origin) -> Option<Checkpoints> {
         let wanted = self.max_bytes > 0 && !self.keep.is_zero();
         let partials = self.clone();
-        wanted.then_some(Checkpoints { partials, origin, begun: 0, last: None, pending: None })
+        wanted.then(|| Checkpoints::new(partials, origin, 0, None))
     }
 
     /// The download of a URL that broke off, which is the caller's from now on.
@@ -212,19 +217,20 @@ pub(super) struct Checkpoints {
     begun: u64,
     /// The last one that is on the disk.
     last: Option<Checkpoint>,
-    pending: Option<JoinHandle<io::Result<Option<Checkpoint>>>>,
+    /// The one that is being written: what has come of it, and how long that took.
+    pending: Option<JoinHandle<(io::Result<Option<Checkpoint>>, Duration)>>,
+    rest_until: Instant,
 }
 
 impl Checkpoints {
     /// Those of a download that is gone on with.
     pub(super) fn of(partials: &Arc<Partials>, checkpoint: Checkpoint) -> Checkpoints {
-        Checkpoints {
-            partials: partials.clone(),
-            origin: checkpoint.origin.clone(),
-            begun: checkpoint.offset,
-            last: Some(checkpoint),
-            pending: None,
-        }
+        let (origin, offset) = (checkpoint.origin.clone(), checkpoint.offset);
+        Checkpoints::new(partials.clone(), origin, offset, Some(checkpoint))
+    }
+
+    fn new(partials: Arc<Partials>, origin: Origin, begun: u64, last: Option<Checkpoint>) -> Checkpoints {
+        Checkpoints { partials, origin, begun, last, pending: None, rest_until: Instant::now() }
     }
 
     /// Begins a checkpoint when it is time for one. `hasher` has taken in the first `written` bytes of the file.
@@ -237,11 +243,18 @@ impl Checkpoints {
             return Ok(());
         }
         self.settle()?;
+        if Instant::now() < self.rest_until {
+            return Ok(());
+        }
         self.begun = written;
         let (file, checkpoint) = (file.clone(), self.checkpoint(written, hasher));
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
         // Where no thread is to be had, the next one may be.
-        self.pending = thread.spawn(move || write(&file, checkpoint)).ok();
+        let work = move || {
+            let began = Instant::now();
+            (write(&file, checkpoint), began.elapsed())
+        };
+        self.pending = thread.spawn(work).ok();
         Ok(())
     }
 
@@ -251,20 +264,25 @@ impl Checkpoints {
     /// As [`Checkpoints::advance`].
     pub(super) fn settle(&mut self) -> io::Result<()> {
         if let Some(pending) = self.pending.take() {
-            let written = pending.join().map_err(|_| io::Error::other("checkpoint panicked"))??;
-            self.last = written.or(self.last.take());
+            let (written, took) = pending.join().map_err(|_| io::Error::other("checkpoint panicked"))?;
+            self.last = written?.or(self.last.take());
+            self.rest_until = Instant::now() + took * REST;
         }
         Ok(())
     }
 
-    /// Leaves a file that ends at `written` to a later download, with a last checkpoint. A file that never got one is
-    /// removed: it is too short to be worth it.
+    /// Leaves a file that ends at `written` to a later download, with a last checkpoint. A file that is too short to be
+    /// worth one is removed.
     ///
     /// # Errors
     /// As [`Checkpoints::advance`].
     pub(super) fn leave(mut self, file: &Arc<SpoolFile>, written: u64, hasher: &Hasher) -> io::Result<()> {
         self.settle()?;
-        if self.last.as_ref().is_some_and(|last| last.offset < written) {
+        let is_wanted = match &self.last {
+            Some(last) => last.offset < written,
+            None => self.partials.checkpoint_bytes <= written,
+        };
+        if is_wanted {
             let checkpoint = self.checkpoint(written, hasher);
             self.last = write(file, checkpoint)?.or(self.last.take());
         }

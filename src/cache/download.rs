@@ -428,8 +428,8 @@ impl<'a> Download<'a> {
     }
 }
 
-/// Whether more of a content can be told from more of another: without a strong validator only the digest that a client
-/// gave tells in the end.
+/// Whether it can be proven that what comes next continues what is there: by a strong validator, or in the end by the
+/// digest that a client gave.
 fn is_provable(head: &Head, flight: &Flight) -> bool {
     head.strong_etag().is_some() || flight.is_judged()
 }
