@@ -7,7 +7,9 @@
 //! - Nothing here ever deletes a blob: what is damaged is moved aside, and what is deleted is decided elsewhere.
 //! - A path MUST be formed from a parsed [`Digest`] only, never from request text.
 
+mod partial;
 mod read;
+mod room;
 mod spool;
 mod sweep_lock;
 mod tree;
@@ -15,7 +17,7 @@ mod tree;
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -26,7 +28,10 @@ use std::{
 use tokio::sync::Semaphore;
 
 use crate::{artifact::Digest, config::Storage, error::Error};
+use partial::Partials;
+pub use partial::{Origin, Partial};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
+use room::Disk;
 pub use spool::{Spool, SpoolFile, Written};
 pub use sweep_lock::SweepLock;
 pub use tree::{Taken, Tree, Way};
@@ -101,9 +106,8 @@ pub enum Held {
 #[derive(Debug)]
 pub struct Blobs {
     base: PathBuf,
-    min_free_bytes: u64,
-    /// Bytes that downloads under way have announced and not yet allocated.
-    reserved: Arc<AtomicU64>,
+    disk: Arc<Disk>,
+    partials: Arc<Partials>,
     next_spool: AtomicU64,
     spool_pool: Arc<Semaphore>,
     buffers: BufferPool,
@@ -121,7 +125,8 @@ struct Shard {
 }
 
 impl Blobs {
-    /// Opens and locks the store, making its directories when they are not there, and clears leftover spool files.
+    /// Opens and locks the store, making its directories when they are not there, and clears leftover spool files but
+    /// for those that can be resumed.
     pub fn open(config: &Storage) -> Result<Blobs, OpenError> {
         let base = config.base_path.clone();
         let failed = |path: &Path| {
@@ -144,26 +149,23 @@ impl Blobs {
             Err(TryLockError::WouldBlock) => return Err(OpenError::Locked { path: base }),
             Err(TryLockError::Error(cause)) => return Err(failed(&lock_path)(cause)),
         }
-        for dir in [&spool, &quarantine] {
-            if fs::metadata(dir).map_err(failed(dir))?.dev()
-                != fs::metadata(&base).map_err(failed(&base))?.dev()
-            {
-                return Err(OpenError::OtherFileSystem { path: dir.clone() });
-            }
+        let partials = Arc::new(Partials::open(&spool, config)?);
+        let disk = Disk::new(&base, config.min_free_bytes, partials.clone());
+        if let Err(cause) = SweepLock::prepare(&base) {
+            // A full disk must not keep hits from being served.
+            tracing::warn!(error = %cause, "no lock file for backups: they have to be run by the user of the service");
         }
-        SweepLock::prepare(&base).map_err(failed(&base))?;
         // Proves that it can be written before the first client has to find out.
-        let probe = spool.join("probe");
-        fs::write(&probe, b"").map_err(failed(&probe))?;
-        for entry in fs::read_dir(&spool).map_err(failed(&spool))? {
-            let path = entry.map_err(failed(&spool))?.path();
-            fs::remove_file(&path).map_err(failed(&path))?;
+        match disk.probe() {
+            // Hits can be served all the same, and room may come.
+            Err(OpenError::Io { cause, .. }) if is_full(&cause) => disk.note_failure(true),
+            tried => tried?,
         }
         Ok(Blobs {
+            disk: Arc::new(disk),
             base,
-            min_free_bytes: config.min_free_bytes,
-            reserved: Arc::default(),
-            next_spool: AtomicU64::new(0),
+            next_spool: AtomicU64::new(partials.next_number()),
+            partials,
             spool_pool: Arc::new(Semaphore::new(SPOOL_POOL_BYTES / 1024)),
             buffers: BufferPool::default(),
             shards: Box::new(std::array::from_fn(|_| Mutex::default())),
@@ -207,11 +209,40 @@ impl Blobs {
     /// # Errors
     /// When there is no room for it under `storage.min_free_bytes`, counting what downloads under way still need, or
     /// the file can't be made.
-    pub fn spool(&self, announced: Option<u64>) -> Result<Spool, Error> {
+    pub fn spool(&self, announced: Option<u64>, origin: Origin) -> Result<Spool, Error> {
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let path = self.base.join(SPOOL_DIR).join(format!("{number:016x}"));
-        let room = spool::Room::reserve(self.reserved.clone(), self.min_free_bytes, &self.base, announced)?;
-        Spool::create(path, room, self.spool_pool.clone())
+        let room = self.disk.reserve(announced, 0)?;
+        Spool::create(path, room, self.partials.checkpoints(origin), self.spool_pool.clone())
+    }
+
+    /// What an earlier download of a URL has left, to be resumed or given up by the caller.
+    pub fn take_partial(&self, source_url: &str) -> Option<Partial> {
+        self.partials.take(source_url)
+    }
+
+    /// Goes on with what an earlier download of `announced` bytes has left, where its last checkpoint was. Blocks while
+    /// all of it is read and hashed.
+    ///
+    /// # Errors
+    /// When it isn't what it was any more, or there is no room for the rest. It is removed then.
+    pub fn resume(&self, partial: Partial, announced: Option<u64>) -> io::Result<Spool> {
+        Spool::resume(partial, announced, &self.disk, &self.partials, self.spool_pool.clone())
+    }
+
+    /// Removes what an earlier download has left.
+    pub fn give_up(&self, partial: Partial) {
+        partial.give_up();
+    }
+
+    /// Removes what downloads have left that nobody went on with for `storage.partial_keep_hours`.
+    pub fn give_up_expired_partials(&self) {
+        self.partials.give_up_expired();
+    }
+
+    /// Bytes that downloads have left which nobody goes on with at the moment.
+    pub fn partial_bytes(&self) -> u64 {
+        self.partials.bytes()
     }
 
     /// Makes a verified spool the blob of its digest: on disk first, then under its name, then the name on disk.
@@ -220,9 +251,10 @@ impl Blobs {
     pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Published, Error> {
         let blobs = self.clone();
         tokio::task::spawn_blocking(move || {
-            let replaced = blobs
-                .publish_now(&written)
-                .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
+            let published = blobs.publish_now(&written);
+            blobs.disk.note_failure(published.is_err());
+            let replaced =
+                published.map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
             Ok(Published { file: written.file().clone(), replaced })
         })
         .await
@@ -313,17 +345,22 @@ impl Blobs {
 
     /// Bytes that an ordinary user can still write on the storage's file system.
     pub fn free_bytes(&self) -> io::Result<u64> {
-        spool::free_bytes(&self.base)
+        self.disk.free_bytes()
     }
 
     /// Fails when no download can be kept, before its upstream has to be asked.
     pub fn check_room(&self) -> Result<(), Error> {
-        if self.is_nearly_full() { Err(Error::disk_full()) } else { Ok(()) }
+        if matches!(self.disk.has_room(0), Ok(false)) { Err(Error::disk_full()) } else { Ok(()) }
     }
 
     /// No new download can be kept: less than `storage.min_free_bytes` is left.
     pub fn is_nearly_full(&self) -> bool {
-        self.free_bytes().is_ok_and(|free| free < self.min_free_bytes)
+        self.disk.is_nearly_full().unwrap_or(false)
+    }
+
+    /// New blobs can be written, as far as is known.
+    pub fn is_writable(&self) -> bool {
+        self.disk.is_writable()
     }
 
     /// Hits can't be served: the base directory can't be read.
@@ -395,6 +432,10 @@ fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
         }
     }
     Ok(found)
+}
+
+fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

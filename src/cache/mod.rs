@@ -256,6 +256,7 @@ impl Cache {
             items: totals.items,
             stored_bytes: totals.stored_bytes,
             free_bytes: self.blobs.free_bytes().unwrap_or(0),
+            partial_bytes: self.blobs.partial_bytes(),
         }
     }
 
@@ -264,7 +265,7 @@ impl Cache {
         let unreadable = self.catalog.totals().is_err() || self.blobs.check_readable().is_err();
         Health {
             hits: !unreadable,
-            disk: !self.blobs.is_nearly_full(),
+            disk: !self.blobs.is_nearly_full() && self.blobs.is_writable(),
             database: !self.catalog.is_read_only(),
             archive: self.archive(),
         }
@@ -307,6 +308,11 @@ impl Cache {
         blobs
             .into_iter()
             .try_fold(0, |orphans, digest| Ok(orphans + u64::from(!self.catalog.knows_blob(digest)?)))
+    }
+
+    /// Removes downloads that broke off and nobody went on with in time. Blocks.
+    pub fn give_up_expired_partials(&self) {
+        self.blobs.give_up_expired_partials();
     }
 
     /// Tells how many there are in all.
@@ -430,7 +436,7 @@ fn detect(spool: &SpoolFile, head: &Head) -> String {
 pub struct Health {
     /// The catalogue and the store can be read.
     pub hits: bool,
-    /// There is room for new downloads.
+    /// There is room for new downloads, and they can be written.
     pub disk: bool,
     /// The database can be written.
     pub database: bool,

@@ -73,6 +73,12 @@ pub struct Storage {
     pub max_artifact_bytes: u64,
     /// Bytes of disk that downloads leave free.
     pub min_free_bytes: u64,
+    /// After so many bytes a download is made safe to be continued after a restart; above 0.
+    pub checkpoint_bytes: u64,
+    /// How long a download that broke off is kept to be continued; zero for not at all.
+    pub partial_keep: Duration,
+    /// Bytes of all downloads kept so, together; 0 for none.
+    pub partial_max_bytes: u64,
 }
 
 /// Section `logging`.
@@ -195,6 +201,9 @@ impl Default for Config {
                 database: "./data/metadata.db".into(),
                 max_artifact_bytes: 100 << 30,
                 min_free_bytes: 1 << 30,
+                checkpoint_bytes: 64 << 20,
+                partial_keep: Duration::from_secs(24 * 3600),
+                partial_max_bytes: 20 << 30,
             },
             logging: Logging { level: Level::INFO, format: LogFormat::Json },
             upstream: Upstream::default(),

@@ -14,10 +14,24 @@ use crate::{cache::Cache, config::Jobs};
 const CENSUS_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// How often is looked whether a snapshot is due.
 const SNAPSHOT_CHECK_EVERY: Duration = Duration::from_secs(600);
+/// Partial downloads are kept for hours; a few minutes more are nothing.
+const EXPIRY_EVERY: Duration = Duration::from_secs(600);
 
 /// Runs every job at its time until `stop` is cancelled.
 pub async fn run(cache: Arc<Cache>, config: Jobs, stop: CancellationToken) {
-    tokio::join!(take_census(&cache, &stop), take_snapshots(&cache, config.snapshots_kept, &stop));
+    tokio::join!(
+        take_census(&cache, &stop),
+        take_snapshots(&cache, config.snapshots_kept, &stop),
+        expire_partials(&cache, &stop),
+    );
+}
+
+/// Partial downloads go when their time is up.
+async fn expire_partials(cache: &Arc<Cache>, stop: &CancellationToken) {
+    while !stops_within(EXPIRY_EVERY, stop).await {
+        let cache = cache.clone();
+        let _ = tokio::task::spawn_blocking(move || cache.give_up_expired_partials()).await;
+    }
 }
 
 async fn take_census(cache: &Arc<Cache>, stop: &CancellationToken) {

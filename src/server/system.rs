@@ -50,7 +50,7 @@ pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
         let say = |works: bool, problem: &str| Value::from(if works { "ok" } else { problem });
         answer["checks"] = json!({
             "storage": say(hits, "the store or the database can't be read"),
-            "disk": say(disk, "less than storage.min_free_bytes is free; new artifacts are refused"),
+            "disk": say(disk, "less than storage.min_free_bytes is free, or the store can't be written; new artifacts are refused"),
             "database": say(database, "the database can't be written; new artifacts are refused"),
             "archive": describe(archive),
         });
