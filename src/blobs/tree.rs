@@ -59,7 +59,8 @@ impl Tree {
     /// Makes sure that this tree has a blob, taking it over from another tree if it hasn't.
     ///
     /// # Errors
-    /// When this tree can't be written, with the path. That the source can't be read is an answer.
+    /// When this tree can't be written, or the source can't be opened for a reason that is not the blob's own; with
+    /// the path. That the disk can't read it is an answer.
     pub fn take(&mut self, from: &Tree, digest: Digest, size: u64, way: Way) -> io::Result<Taken> {
         let to = place(&self.base, digest);
         // Also for what is there: an earlier run may have died between the name and its sync.
@@ -71,7 +72,8 @@ impl Tree {
             Ok(Held::Whole(file)) => file,
             Ok(Held::Missing) => return Ok(Taken::Missing),
             Ok(Held::Damaged(problem)) => return Ok(Taken::Damaged(problem)),
-            Err(cause) => return Ok(Taken::Damaged(format!("can't be read: {cause}"))),
+            Err(cause) if is_bad_sector(&cause) => return Ok(Taken::Damaged(unreadable(&cause))),
+            Err(cause) => return Err(at(&place(&from.base, digest))(cause)),
         };
         let unfinished = self.base.join(SPOOL_DIR).join(UNFINISHED);
         for dir in [unfinished.parent(), to.parent()].into_iter().flatten() {
@@ -114,11 +116,11 @@ impl Tree {
             Ok(Held::Whole(file)) => match hash(file) {
                 Ok(found) if found == digest => None,
                 Ok(found) => Some(format!("has the SHA-256 {found}")),
-                Err(cause) => Some(format!("can't be read: {cause}")),
+                Err(cause) => Some(unreadable(&cause)),
             },
             Ok(Held::Missing) => Some("is missing".to_owned()),
             Ok(Held::Damaged(problem)) => Some(problem),
-            Err(cause) => Some(format!("can't be read: {cause}")),
+            Err(cause) => Some(unreadable(&cause)),
         }
     }
 
@@ -169,7 +171,7 @@ fn copy(mut source: File, to: &Path, digest: Digest) -> io::Result<Option<String
             Ok(0) => break,
             Ok(length) => length,
             Err(cause) if cause.kind() == io::ErrorKind::Interrupted => continue,
-            Err(cause) => return Ok(Some(format!("can't be read: {cause}"))),
+            Err(cause) => return Ok(Some(unreadable(&cause))),
         };
         hasher.update(&buffer[..length]);
         file.write_all(&buffer[..length])?;
@@ -196,6 +198,15 @@ fn hash(mut file: File) -> io::Result<Digest> {
             Err(cause) => return Err(cause),
         }
     }
+}
+
+/// The disk itself has lost it; anything else (too many open files, a missing right) says nothing of the blob.
+fn is_bad_sector(cause: &io::Error) -> bool {
+    cause.raw_os_error() == Some(libc::EIO)
+}
+
+fn unreadable(cause: &io::Error) -> String {
+    format!("can't be read: {cause}")
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {

@@ -46,6 +46,15 @@ Examples:
   artifact-cache backup --verify --prune /mnt/backup/artifact-cache
   artifact-cache backup --hard-link ./data.yesterday";
 
+/// Prints a line. That nobody can read it changes nothing of what was done, so it must not look like a failure.
+macro_rules! say {
+    ($($words:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($words)*);
+    }};
+}
+pub(super) use say;
+
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
     /// Directory of the backup; made if it is not there
@@ -92,7 +101,8 @@ impl Tally {
     /// Names what is lacking, and gives the exit code.
     pub(super) fn finish(&self) -> ExitCode {
         for (digest, problem) in &self.lacking {
-            eprintln!("warning: {digest} {problem}");
+            // As with `say!`.
+            let _ = writeln!(io::stderr(), "warning: {digest} {problem}");
         }
         if self.lacking.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(INCOMPLETE) }
     }
@@ -121,7 +131,7 @@ pub(super) fn backup(config: &Config, args: &BackupArgs) -> Outcome {
     kill_point::pass("backup.installed");
     write_manifest(dir, &snapshot, artifacts, &tally)?;
     let pruned = if args.prune { prune(&copies, &snapshot)? } else { 0 };
-    println!(
+    say!(
         "{}: {artifacts} artifacts in {} files of {} bytes: {} {}, {} already there, {pruned} old ones removed, {} lacking",
         dir.display(),
         tally.blobs,

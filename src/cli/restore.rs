@@ -6,6 +6,7 @@
 use std::{
     error::Error,
     ffi::OsStr,
+    io::{self, Write},
     path::{Path, PathBuf},
 };
 
@@ -13,7 +14,7 @@ use clap::Args;
 
 use super::{
     Outcome,
-    backup::{CACHE, DATABASE, Tally, at, refuse_own_data, take},
+    backup::{CACHE, DATABASE, Tally, at, refuse_own_data, say, take},
 };
 use crate::{
     blobs::{Blobs, SweepLock, Taken, Tree, Way},
@@ -75,7 +76,7 @@ pub(super) fn restore(config: &Config, args: &RestoreArgs) -> Outcome {
     let (artifacts, identity) = (database.count_artifacts()?, database.identity()?);
     let replaced = database.install(&storage.database, &snapshots::now())?;
     blobs.note_owner(identity.map(|identity| identity.to_string()).as_deref()).map_err(at(base))?;
-    println!(
+    say!(
         "{}: {artifacts} artifacts restored in {} files of {} bytes: {} copied, {} already there, {} lacking",
         source.display(),
         tally.blobs,
@@ -114,7 +115,10 @@ fn open_source(database: &Path, args: &RestoreArgs) -> Result<(PathBuf, Detached
 fn newest_good(database: &Path, to: &Path) -> Result<(PathBuf, Detached), Box<dyn Error>> {
     for snapshot in snapshots::list(database).map_err(at(database))?.into_iter().rev() {
         match Detached::copy_of(&snapshot, to) {
-            Err(error @ CopyError::Damaged { .. }) => eprintln!("warning: {error}"),
+            Err(error @ CopyError::Damaged { .. }) => {
+                // As with `say!`.
+                let _ = writeln!(io::stderr(), "warning: {error}");
+            }
             copy => return Ok((snapshot, copy?)),
         }
     }
@@ -158,10 +162,10 @@ fn fill_in(
 
 fn say_what_is_left_to_do(replaced: Option<&Path>, base: &Path) {
     if let Some(replaced) = replaced {
-        println!("the database that was there is kept as {}", replaced.display());
+        say!("the database that was there is kept as {}", replaced.display());
     }
     if rustix::process::geteuid().is_root() {
-        println!(
+        say!(
             "restored as root: if the service runs as another user, give it the files: chown -R USER {} and the database",
             base.display()
         );

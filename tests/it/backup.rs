@@ -459,3 +459,66 @@ fn a_backup_and_its_service_do_not_disturb_each_other() {
         (counted == service.stats()["total_accesses"].as_i64().unwrap()).then_some(())
     });
 }
+
+#[test]
+fn a_summary_that_nobody_can_read_is_no_failure() {
+    let (shelf, mut service) = stocked();
+    let (_, name) = backup_dir(&service);
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let unread = |args: &[&str]| {
+        service.service().command(args).stdout(full()).stderr(full()).status().unwrap().code()
+    };
+    assert_eq!(unread(&["backup", &name]), Some(0));
+    fs::remove_file(service.blob(&shelf.kept[0].1.sha256())).unwrap();
+    let fresh = service.service().dir().join("fresh").display().to_string();
+    assert_eq!(unread(&["backup", &fresh]), Some(3));
+    service.signal_term();
+    service.wait_exit();
+    let unread = |args: &[&str]| {
+        service.service().command(args).stdout(full()).stderr(full()).status().unwrap().code()
+    };
+    assert_eq!(unread(&["restore", &name]), Some(0));
+    shelf.assert_held(&service.again().start());
+}
+
+/// Of the store's files none can be opened, for want of descriptors.
+const SHIM: &str = r#"
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int open64(const char *path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    int mode = va_arg(rest, int);
+    va_end(rest);
+    if (strstr(path, "/cache/") && strlen(strrchr(path, '/')) == 65 && !strstr(path, "/backup/")) {
+        errno = EMFILE;
+        return -1;
+    }
+    return syscall(SYS_openat, AT_FDCWD, path, flags, mode);
+}
+"#;
+
+#[test]
+fn too_few_descriptors_are_not_taken_for_damage() {
+    let (shelf, service) = stocked();
+    let (dir, name) = backup_dir(&service);
+    let (source, shim) = (service.service().dir().join("shim.c"), service.service().dir().join("shim.so"));
+    fs::write(&source, SHIM).unwrap();
+    let mut cc = Command::new("cc");
+    let Ok(built) = cc.args(["-shared", "-fPIC", "-o"]).arg(&shim).arg(&source).output() else {
+        return skip("backup::too_few_descriptors_are_not_taken_for_damage", "cc is not installed");
+    };
+    assert!(built.status.success(), "{}", text(&built.stderr));
+    let output = service.service().command(&["backup", &name]).env("LD_PRELOAD", &shim).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Too many open files") && said.contains("/cache/"), "{said}");
+    assert!(!dir.join("metadata.db").exists(), "nothing that looks complete");
+    run_ok(service.service(), &["backup", &name]);
+    shelf.assert_held(&restored_elsewhere(&name));
+}
