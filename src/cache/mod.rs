@@ -112,6 +112,7 @@ impl Cache {
         upstream: Upstream,
         metrics: Arc<Metrics>,
     ) -> Arc<Cache> {
+        metrics.min_free_bytes.set(config.storage.min_free_bytes.try_into().unwrap_or(i64::MAX));
         Arc::new(Cache {
             catalog,
             blobs: Arc::new(blobs),
