@@ -1,0 +1,86 @@
+//! Alert and recording rules: checked and tried by promtool, judged by a real Prometheus, explained on their page.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::Command;
+
+use crate::harness::eventually;
+use crate::metrics::{exported, names_in};
+use crate::page::Page;
+use crate::program::{need, run};
+use crate::prometheus::{Prometheus, config_dir};
+use crate::stage::Stage;
+
+fn file(name: &str) -> String {
+    fs::read_to_string(config_dir().join(name)).unwrap()
+}
+
+/// The names of the alerts, in their order.
+fn alerts() -> Vec<String> {
+    let rules = file("artifact-cache.rules.yml");
+    let names = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+    names.map(str::to_string).collect()
+}
+
+#[test]
+fn promtool_finds_the_rules_good_and_each_fires_when_it_should() {
+    let Some(promtool) = need("promtool") else { return };
+    for args in [
+        &["check", "config", "prometheus.yml"][..],
+        &["check", "rules", "--lint-fatal", "artifact-cache.rules.yml"],
+        &["test", "rules", "artifact-cache.rules.test.yml"],
+    ] {
+        let mut command = Command::new(&promtool);
+        command.args(args).current_dir(config_dir());
+        run(command).assert_success();
+    }
+}
+
+#[test]
+fn each_alert_is_tried_and_explained() {
+    let (tests, page) = (file("artifact-cache.rules.test.yml"), Page::read("alerts.md"));
+    let tried: BTreeSet<_> = tests
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("alertname: "))
+        .map(str::to_string)
+        .collect();
+    let explained: Vec<_> =
+        page.text().lines().filter_map(|line| line.strip_prefix("## ArtifactCache")).collect();
+    let alerts = alerts();
+    assert!(alerts.len() > 10, "{alerts:?}");
+    assert_eq!(tried, alerts.iter().cloned().collect());
+    assert_eq!(explained.iter().map(|name| format!("ArtifactCache{name}")).collect::<Vec<_>>(), alerts);
+}
+
+#[test]
+fn the_rules_use_metrics_that_exist() {
+    let exported = exported(&Stage::new());
+    let unknown: Vec<_> = names_in(&file("artifact-cache.rules.yml"))
+        .into_iter()
+        .filter(|name| !exported.contains(name))
+        .collect();
+    assert_eq!(unknown, Vec::<String>::new());
+}
+
+#[test]
+fn prometheus_judges_the_rules_and_finds_a_working_service_in_order() {
+    let stage = Stage::new();
+    let Some(prometheus) = Prometheus::watch(&stage) else { return };
+    let did = stage.traffic();
+    prometheus.catch_up(did.requests());
+    let rules = eventually("all rules are judged", || {
+        // Groups are first judged at a moment of their own within the interval.
+        let rules = prometheus.rules();
+        let are_judged = !rules.is_empty() && rules.iter().all(|rule| rule["health"] != "unknown");
+        are_judged.then_some(rules)
+    });
+    for rule in &rules {
+        assert_eq!(rule["health"], "ok", "{rule}");
+        assert_ne!(rule["state"], "firing", "{rule}");
+    }
+    assert!(rules.iter().filter(|rule| rule["type"] == "alerting").count() == alerts().len());
+    eventually("the recorded ratio is what happened", || {
+        let ratios = prometheus.query("instance:artifact_cache_hit:ratio_rate5m");
+        ratios.iter().any(|ratio| (ratio - 0.6).abs() < 1e-9).then_some(())
+    });
+}
