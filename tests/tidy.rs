@@ -312,3 +312,27 @@ fn every_page_is_in_the_contents() {
     let is_missing = |name: &String| name != "README.md" && !contents.contains(&format!("]({name})"));
     none("pages that docs/README.md does not list", pages.iter().map(name).filter(is_missing).collect());
 }
+
+/// A test that a document names as `binary::module::function`: where its source is, and the function.
+fn test_named(word: &str) -> Option<(PathBuf, &str)> {
+    let parts: Vec<&str> = word.split("::").collect();
+    let [binary, module, function] = parts[..] else { return None };
+    let dir = root().join("tests").join(binary);
+    dir.is_dir().then(|| (dir.join(format!("{module}.rs")), function))
+}
+
+#[test]
+fn tests_that_documents_name_exist() {
+    let (mut seen, mut complaints) = (0, Vec::new());
+    for document in files(root(), "md") {
+        let text = prose(&document);
+        for (file, function) in text.split('`').filter_map(test_named) {
+            seen += 1;
+            if !fs::read_to_string(&file).unwrap_or_default().contains(&format!("fn {function}(")) {
+                complaints.push(format!("{}: {function} in {}", document.display(), file.display()));
+            }
+        }
+    }
+    assert!(seen > 10, "docs/document.md names tests");
+    none("tests that are named and don't exist", complaints);
+}
