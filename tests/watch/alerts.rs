@@ -53,13 +53,23 @@ fn each_alert_is_tried_and_explained() {
 }
 
 #[test]
-fn the_rules_use_metrics_that_exist() {
-    let exported = exported(&Stage::new());
-    let unknown: Vec<_> = names_in(&file("artifact-cache.rules.yml"))
-        .into_iter()
-        .filter(|name| !exported.contains(name))
-        .collect();
+fn the_rules_use_metrics_and_labels_that_exist() {
+    let (stage, rules) = (Stage::new(), file("artifact-cache.rules.yml"));
+    let exported = exported(&stage);
+    let unknown: Vec<_> = names_in(&rules).into_iter().filter(|name| !exported.contains(name)).collect();
     assert_eq!(unknown, Vec::<String>::new());
+    let scraped = String::from_utf8(stage.service.get("/metrics").body).unwrap();
+    let mut labels = 0;
+    for label in ["status", "code", "check"] {
+        for values in rules.split(&format!("{label}=")).skip(1) {
+            let values = values.trim_start_matches('~').split('"').nth(1).unwrap();
+            for value in values.split('|') {
+                labels += 1;
+                assert!(scraped.contains(&format!("{label}=\"{value}\"")), "no {label} is {value}");
+            }
+        }
+    }
+    assert!(labels > 5, "{labels}");
 }
 
 #[test]

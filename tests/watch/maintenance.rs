@@ -1,6 +1,6 @@
 //! Pages with commands for operators, run as they stand there, on a running and on a stopped service.
 
-use crate::harness::{Content, Running};
+use crate::harness::{Content, Reply, Running};
 use crate::page::{Page, bash, printed};
 use crate::program::need;
 use crate::stage::Stage;
@@ -84,6 +84,62 @@ fn maintenance_of_a_running_and_of_a_stopped_service() {
     let again = stage.service.again().start();
     assert_eq!(rows(&again), before);
     assert_eq!(again.fetch(&later).cache_status(), "HIT");
+}
+
+#[test]
+fn vacuum_and_downloads_do_not_disturb_each_other() {
+    if !has_programs() {
+        return;
+    }
+    let stage = Stage::new();
+    let did = stage.traffic();
+    let fresh: Vec<_> = (0..40)
+        .map(|n| stage.up.serve(&format!("/fresh-{n}"), Reply::ok(&Content::new(200 + n, 50_000))))
+        .collect();
+    std::thread::scope(|scope| {
+        let operator = scope.spawn(|| {
+            let script = "for i in 1 2 3 4 5 6 7 8; do sqlite3 -cmd '.timeout 10000' /data/metadata.db 'VACUUM; ANALYZE;'; done";
+            bash(&stage, script, &[]).assert_success();
+        });
+        for (n, url) in fresh.iter().enumerate() {
+            stage.service.fetch(url).assert_ok(&Content::new(200 + n as u64, 50_000).bytes());
+            assert_eq!(stage.service.fetch(&did.sources[0]).cache_status(), "HIT");
+        }
+        operator.join().unwrap();
+    });
+    let urls: Vec<_> = rows(&stage.service).into_iter().map(|(_, url, _)| url).collect();
+    assert_eq!(urls, [did.sources, fresh].concat());
+    assert_eq!(bash(&stage, "sqlite3 /data/metadata.db 'PRAGMA integrity_check'", &[]).stdout, "ok\n");
+}
+
+/// The commands of the README and of the API's page, each in a directory of its own.
+#[test]
+fn the_examples_of_the_readme_and_the_api_work() {
+    if !has_programs() || need("wget").is_none() {
+        return;
+    }
+    let (stage, content) = (Stage::new(), Content::new(97, 70_000));
+    stage.publish("/file.tar.gz", &content);
+    let named = Reply::ok(&content).field("Content-Disposition", "attachment; filename=file.tar.gz");
+    stage.up.serve("/get", named);
+    let also = [("<64 hex digits>", content.sha256())];
+    let also = also.each_ref().map(|(from, to)| (*from, to.as_str()));
+    let mut ran = 0;
+    for block in
+        [Page::read("../README.md"), Page::read("api.md")].iter().flat_map(|page| page.blocks("bash"))
+    {
+        let is_ours = |line: &&str| line.starts_with("curl ") || line.starts_with("wget ");
+        for command in block.text.lines().filter(is_ours) {
+            let script = format!("cd $(mktemp -d -p .); {command}; sha256sum *");
+            let sum = bash(&stage, &script, &also);
+            assert!(sum.stdout.starts_with(&content.sha256()), "{command}: {sum:?}");
+            ran += 1;
+        }
+    }
+    assert!(ran >= 7, "{ran} commands");
+    let asked = stage.up.requests("/get");
+    assert_eq!(asked.len(), 1, "the query and the path form mean the same");
+    assert!(asked[0].line.contains("/get?name=file&os=linux "), "{asked:?}");
 }
 
 /// The checks that the document's section Troubleshooting asks for.
