@@ -9,7 +9,7 @@ use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
 
 use super::{App, body::ResponseBody, error::Refusal};
-use crate::cache::Health;
+use crate::cache::{Archive, Health};
 
 /// How long a verdict stands: monitors must not be able to load the disk.
 const HEALTH_STANDS_FOR: Duration = Duration::from_secs(5);
@@ -29,7 +29,8 @@ impl HealthCheck {
         let cache = app.cache.clone();
         // A disk that hangs must hang this check only. If it panics, nothing can be said for the service.
         let health = tokio::task::spawn_blocking(move || cache.check_health()).await;
-        let health = health.unwrap_or(Health { hits: false, disk: false, database: false });
+        let health =
+            health.unwrap_or(Health { hits: false, disk: false, database: false, archive: Archive::Known });
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), health));
         health
     }
@@ -62,13 +63,41 @@ struct Check {
     problem: &'static str,
 }
 
-fn checks(Health { hits, disk, database }: Health) -> [Check; 3] {
+fn checks(Health { hits, disk, database, archive }: Health) -> [Check; 4] {
     let check = |name, holds, problem| Check { name, holds, problem };
     [
         check("storage", hits, "the store or the database can't be read"),
-        check("disk", disk, "less than storage.min_free_bytes is free; new artifacts are refused"),
+        check(
+            "disk",
+            disk,
+            "less than storage.min_free_bytes is free, or the store can't be written; new artifacts are refused",
+        ),
         check("database", database, "the database can't be written; new artifacts are refused"),
+        check("archive", archive == Archive::Known, describe(archive)),
     ]
+}
+
+/// What the database is to the store, and what to do about it.
+fn describe(archive: Archive) -> &'static str {
+    match archive {
+        Archive::Known => "ok",
+        Archive::New => {
+            "storage.database is a new one beside a store with files, which stay; point it to the right one, or run \
+             artifact-cache restore --snapshot"
+        }
+        Archive::Other => {
+            "storage.database is not the one that recorded the store, whose files stay; point it to the right one, or \
+             accept it: remove the file .database in storage.base_path and restart"
+        }
+        Archive::Older => {
+            "storage.database is an older copy of the one that recorded the store, whose files stay; point it to the \
+             right one, or accept it: remove the file .database in storage.base_path and restart"
+        }
+        Archive::ManyOrphans => {
+            "the store has many files that the database does not know, which stay; is storage.database the right one? \
+             they become known when their URLs are fetched again"
+        }
+    }
 }
 
 pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {

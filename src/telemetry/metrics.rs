@@ -77,6 +77,8 @@ pub struct Sample {
     pub stored_bytes: u64,
     /// Bytes that the storage's file system has free.
     pub free_bytes: u64,
+    /// Bytes of downloads that broke off and are kept to be continued.
+    pub partial_bytes: u64,
 }
 
 /// The counters, gauges and histograms, and the registry that prints them.
@@ -115,8 +117,11 @@ pub struct Metrics {
     checks: Family<CheckLabel, Gauge>,
     /// `storage.min_free_bytes`.
     pub min_free_bytes: Gauge,
+    partial_bytes: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
+    /// When the newest snapshot of the database was taken, in Unix time; 0 if there is none.
+    pub snapshot_timestamp: Gauge,
 }
 
 impl Metrics {
@@ -171,7 +176,13 @@ impl Metrics {
                 "storage_min_free_bytes",
                 "Below so many free bytes nothing is downloaded",
             ),
+            partial_bytes: gauge(r, "partial_bytes", "Bytes of broken-off downloads kept to be continued"),
             orphan_blobs: gauge(r, "orphan_blobs", "Stored files that the catalogue does not know"),
+            snapshot_timestamp: gauge(
+                r,
+                "database_snapshot_timestamp_seconds",
+                "When the newest snapshot of the database was taken, in Unix time",
+            ),
             registry,
         })
     }
@@ -207,6 +218,7 @@ impl Metrics {
         self.items.set(sample.items as i64);
         self.size_bytes.set(sample.stored_bytes as i64);
         self.free_bytes.set(sample.free_bytes as i64);
+        self.partial_bytes.set(sample.partial_bytes as i64);
         let mut text = String::with_capacity(16 * 1024);
         // Writing to a String can't fail.
         let _ = prometheus_text::encode(&mut text, &self.registry);
