@@ -35,10 +35,8 @@ fn degraded_when_misses_cannot_work() {
     let json = answer.json();
     assert_eq!(json["status"], "degraded");
     assert!(json["checks"].is_object(), "{json}");
-    assert_eq!(
-        checks(&service),
-        [("database".to_string(), 1.0), ("disk".to_string(), 0.0), ("storage".to_string(), 1.0)]
-    );
+    let failing = checks(&service).into_iter().filter(|(_, holds)| *holds == 0.0);
+    assert_eq!(failing.map(|(check, _)| check).collect::<Vec<_>>(), ["disk"]);
     assert_eq!(service.metric("artifact_cache_storage_min_free_bytes"), 1000.0 * (1u64 << 40) as f64);
     assert!(
         !String::from_utf8_lossy(&answer.body).contains("healthy"),
