@@ -40,10 +40,14 @@ impl Stage {
         std::fs::create_dir(service.dir().join("data")).unwrap();
         let data = |name: &str| service.dir().join("data").join(name).display().to_string();
         let (base, database) = (data("cache"), data("metadata.db"));
-        // A free port of one's own: 0 would switch it off.
-        let port = free_address().port().to_string();
-        let service = service.env("STORAGE__BASE_PATH", &base).env("STORAGE__DATABASE", &database);
-        Stage { service: service.env("SERVER__METRICS_PORT", &port).start(), up: Upstream::start() }
+        // The metrics port has to be named, so it must be one that nobody takes meanwhile.
+        let own = free_address();
+        let service = service
+            .env("STORAGE__BASE_PATH", &base)
+            .env("STORAGE__DATABASE", &database)
+            .env("SERVER__HOST", &own.ip().to_string())
+            .env("SERVER__METRICS_PORT", &own.port().to_string());
+        Stage { service: service.start(), up: Upstream::start() }
     }
 
     /// The directory in which an operator types.
