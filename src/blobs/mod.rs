@@ -11,6 +11,8 @@ mod partial;
 mod read;
 mod room;
 mod spool;
+mod sweep_lock;
+mod tree;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -31,12 +33,16 @@ pub use partial::{Origin, Partial};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 use room::Disk;
 pub use spool::{Spool, SpoolFile, Written};
+pub use sweep_lock::SweepLock;
+pub use tree::{Taken, Tree, Way};
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";
 /// Damaged files, kept for the operator.
 const QUARANTINE_DIR: &str = ".quarantine";
 const LOCK_FILE: &str = ".lock";
+/// Which database records what is here.
+const OWNER_FILE: &str = ".database";
 /// Bytes of all downloads together that may wait for the disk.
 const SPOOL_POOL_BYTES: usize = 16 << 20;
 
@@ -168,34 +174,25 @@ impl Blobs {
     /// # Errors
     /// When the file system itself fails; a blob that isn't there is an answer.
     pub fn open_blob(&self, digest: Digest, size: u64) -> Result<Held, Error> {
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        match OpenOptions::new().read(true).custom_flags(flags).open(self.path(digest)) {
-            Ok(file) => {
-                let found =
-                    file.metadata().map_err(|cause| Error::io("Failed to read cache storage", &cause))?;
-                Ok(match (found.is_file(), found.len() == size) {
-                    (true, true) => Held::Whole(file),
-                    (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
-                    (false, _) => Held::Damaged("is not a regular file".to_owned()),
-                })
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
-            Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
-                Ok(Held::Damaged("is a symbolic link".to_owned()))
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
-                Ok(Held::Damaged("has a file where its directory should be".to_owned()))
-            }
-            Err(cause) => Err(Error::io("Failed to read cache storage", &cause)),
-        }
+        held(&self.path(digest), size).map_err(|cause| Error::io("Failed to read cache storage", &cause))
     }
 
     /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Nothing is deleted.
     pub fn quarantine(&self, digest: Digest, size: u64) -> Result<(), Error> {
         let _shard = self.shard(digest);
-        if !matches!(self.open_blob(digest, size)?, Held::Damaged(_)) {
-            return Ok(());
+        match self.open_blob(digest, size)? {
+            Held::Damaged(_) => self.set_aside(digest),
+            Held::Whole(_) | Held::Missing => Ok(()),
         }
+    }
+
+    /// Moves what lies at a blob's place out of the way, whatever its size: its content was found to be wrong.
+    pub fn quarantine_content(&self, digest: Digest) -> Result<(), Error> {
+        let _shard = self.shard(digest);
+        self.set_aside(digest)
+    }
+
+    fn set_aside(&self, digest: Digest) -> Result<(), Error> {
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
         let aside = self.base.join(QUARANTINE_DIR).join(format!("{digest}.{seconds}.{number}"));
@@ -301,20 +298,45 @@ impl Blobs {
 
     /// The digests of all blobs that begin with this byte, in no order. Whatever else lies there is left out.
     pub fn list(&self, first: u8) -> io::Result<Vec<Digest>> {
-        let mut found = Vec::new();
-        let outer = match fs::read_dir(self.base.join(format!("{first:02x}"))) {
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
-            outer => outer?,
-        };
-        for inner in outer {
-            let inner = inner?;
-            if inner.file_type()?.is_dir() {
-                for blob in fs::read_dir(inner.path())? {
-                    found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
-                }
+        list(&self.base, first)
+    }
+
+    /// No blob is here, and none was ever published here.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        for entry in fs::read_dir(&self.base)? {
+            let entry = entry?;
+            let is_first_level = |name: &str| name.len() == 2 && u8::from_str_radix(name, 16).is_ok();
+            if entry.file_name().to_str().is_some_and(is_first_level) && entry.file_type()?.is_dir() {
+                return Ok(false);
             }
         }
-        Ok(found)
+        Ok(true)
+    }
+
+    /// What was last noted with [`Blobs::note_owner`]: which database records what is here.
+    pub fn owner(&self) -> io::Result<Option<String>> {
+        match fs::read_to_string(self.base.join(OWNER_FILE)) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+            // Damaged, it names nobody.
+            Err(cause) if cause.kind() == io::ErrorKind::InvalidData => Ok(Some(String::new())),
+            owner => owner.map(|text| Some(text.trim().to_owned())),
+        }
+    }
+
+    /// Notes, in one step and durably, which database records what is here; `None` that any may.
+    pub fn note_owner(&self, owner: Option<&str>) -> io::Result<()> {
+        let path = self.base.join(OWNER_FILE);
+        let Some(owner) = owner else {
+            return match fs::remove_file(&path) {
+                Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+                removed => removed.and_then(|()| sync_dir(&self.base)),
+            };
+        };
+        let new = path.with_extension("new");
+        fs::write(&new, format!("{owner}\n"))?;
+        File::open(&new)?.sync_all()?;
+        fs::rename(&new, &path)?;
+        sync_dir(&self.base)
     }
 
     /// Bytes that an ordinary user can still write on the storage's file system.
@@ -348,18 +370,64 @@ impl Blobs {
     }
 
     fn path(&self, digest: Digest) -> PathBuf {
-        let hex = digest.to_string();
-        let mut path = PathBuf::with_capacity(self.base.as_os_str().len() + 72);
-        path.push(&self.base);
-        path.push(&hex[0..2]);
-        path.push(&hex[2..4]);
-        path.push(&hex);
-        path
+        place(&self.base, digest)
     }
 
     fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Where a blob is, or would be, in a store at `base`.
+fn place(base: &Path, digest: Digest) -> PathBuf {
+    let hex = digest.to_string();
+    let mut path = PathBuf::with_capacity(base.as_os_str().len() + 72);
+    path.push(base);
+    path.push(&hex[0..2]);
+    path.push(&hex[2..4]);
+    path.push(&hex);
+    path
+}
+
+/// What is found at a blob's place.
+fn held(path: &Path, size: u64) -> io::Result<Held> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => {
+            let found = file.metadata()?;
+            Ok(match (found.is_file(), found.len() == size) {
+                (true, true) => Held::Whole(file),
+                (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
+                (false, _) => Held::Damaged("is not a regular file".to_owned()),
+            })
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
+        Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
+            Ok(Held::Damaged("is a symbolic link".to_owned()))
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
+            Ok(Held::Damaged("has a file where its directory should be".to_owned()))
+        }
+        Err(cause) => Err(cause),
+    }
+}
+
+/// The digests of all blobs at `base` that begin with this byte.
+fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
+    let mut found = Vec::new();
+    let outer = match fs::read_dir(base.join(format!("{first:02x}"))) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
+        outer => outer?,
+    };
+    for inner in outer {
+        let inner = inner?;
+        if inner.file_type()?.is_dir() {
+            for blob in fs::read_dir(inner.path())? {
+                found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn is_full(cause: &io::Error) -> bool {

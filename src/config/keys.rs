@@ -147,6 +147,9 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.fetch.mismatch_memory, value::seconds(v))),
     list("fetch", "ignore_query", "parameter patterns, such as [X-Amz-*, \"sv if sig\"]",
         |c, v| put(&mut c.fetch.ignore_query, QueryGlobs::new(v))),
+
+    one("jobs", "snapshots_kept", "a whole number from 0 to 1000, such as 7, or 0 for none",
+        |c, v| put(&mut c.jobs.snapshots_kept, value::whole(v, 0..=1_000))),
 ];
 
 fn put<T, E>(place: &mut T, read: Result<T, E>) -> Result<(), E> {

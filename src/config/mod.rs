@@ -33,6 +33,8 @@ pub struct Config {
     pub upstream: Upstream,
     /// How `/fetch` answers.
     pub fetch: Fetch,
+    /// What is done in the background.
+    pub jobs: Jobs,
     /// Whether the metrics port was asked for by name, so that failing to bind it is an error.
     pub metrics_port_given: bool,
 }
@@ -144,6 +146,13 @@ pub struct Fetch {
     pub ignore_query: QueryGlobs,
 }
 
+/// Section `jobs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Jobs {
+    /// Daily snapshots of the database that are kept; 0 for none.
+    pub snapshots_kept: usize,
+}
+
 /// How a streamed HTTP/1.1 body is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamFraming {
@@ -206,6 +215,7 @@ impl Default for Config {
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
             },
+            jobs: Jobs { snapshots_kept: 7 },
             metrics_port_given: false,
         }
     }

@@ -112,6 +112,8 @@ pub struct Metrics {
     partial_bytes: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
+    /// When the newest snapshot of the database was taken, in Unix time; 0 if there is none.
+    pub snapshot_timestamp: Gauge,
 }
 
 impl Metrics {
@@ -160,6 +162,11 @@ impl Metrics {
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),
             partial_bytes: gauge(r, "partial_bytes", "Bytes of broken-off downloads kept to be continued"),
             orphan_blobs: gauge(r, "orphan_blobs", "Stored files that the catalogue does not know"),
+            snapshot_timestamp: gauge(
+                r,
+                "database_snapshot_timestamp_seconds",
+                "When the newest snapshot of the database was taken, in Unix time",
+            ),
             registry,
         })
     }

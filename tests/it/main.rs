@@ -4,6 +4,8 @@
 
 mod harness;
 
+mod archive;
+mod backup;
 mod bad_input;
 mod checksums;
 mod cli;
