@@ -370,3 +370,63 @@ pub(super) fn open_regular(how: &mut OpenOptions, path: &Path) -> io::Result<Fil
         false => Err(io::Error::other("not a regular file")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn storage(keep: Duration) -> Storage {
+        Storage { partial_keep: keep, ..Config::default().storage }
+    }
+
+    /// Leaves the bytes of a download and a checkpoint that says what `said` makes of the truth.
+    fn leave(dir: &Path, number: u64, bytes: &[u8], said: impl FnOnce(&mut Checkpoint)) -> PathBuf {
+        let path = dir.join(format!("{number:016x}"));
+        fs::write(&path, bytes).unwrap();
+        let mut hasher = Hasher::new();
+        hasher.update(bytes);
+        let origin = Origin { source_url: format!("http://h.test/{number}"), head: serde_json::Value::Null };
+        let mut checkpoint = Checkpoint::new(origin, bytes.len() as u64, hasher);
+        said(&mut checkpoint);
+        fs::write(checkpoint_path(&path), serde_json::to_vec(&checkpoint).unwrap()).unwrap();
+        path
+    }
+
+    #[test]
+    fn one_that_nobody_asks_for_goes_while_the_process_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = leave(dir.path(), 7, b"some bytes", |_| {});
+        let partials = Partials::open(dir.path(), &storage(Duration::from_secs(2))).unwrap();
+        assert_eq!((partials.bytes(), partials.next_number()), (10, 8));
+        partials.give_up_expired();
+        assert!(path.exists(), "its time is not up");
+        while partials.bytes() > 0 {
+            std::thread::sleep(Duration::from_millis(20));
+            partials.give_up_expired();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn of_two_of_one_url_one_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for number in [1, 2] {
+            leave(dir.path(), number, b"some bytes", |said| {
+                said.origin.source_url = "http://h.test/".to_owned()
+            });
+        }
+        let partials = Partials::open(dir.path(), &storage(Duration::from_secs(3600))).unwrap();
+        assert_eq!((partials.bytes(), fs::read_dir(dir.path()).unwrap().count()), (10, 2));
+        assert!(partials.take("http://h.test/").is_some());
+        assert!(partials.take("http://h.test/").is_none(), "it is the caller's now");
+    }
+
+    #[test]
+    fn what_lies_behind_the_checkpoint_is_given_back_at_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = leave(dir.path(), 1, b"some bytes", |said| said.offset = 4);
+        let partials = Partials::open(dir.path(), &storage(Duration::from_secs(3600))).unwrap();
+        assert_eq!((fs::read(path).unwrap(), partials.bytes()), (b"some".to_vec(), 4));
+    }
+}

@@ -230,24 +230,6 @@ fn a_failed_fsync_fails_the_download_and_the_next_begins_anew() {
     assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
 }
 
-/// Serves the content's first half, and the rest when the service has made a checkpoint of that.
-fn in_halves(up: &Upstream, path: &str, content: &Content, service: &Bare) -> String {
-    let (content, spool) = (content.clone(), service.dir.path().join("data/cache/.spool"));
-    up.on(path, move |x| {
-        let reply = Reply::ok(&content).field("ETag", "\"one\"");
-        if x.attempt > 1 {
-            return x.reply(&reply);
-        }
-        x.send(&reply.head(200, 0))?;
-        x.body(&content, 0, content.len() / 2)?;
-        eventually("a checkpoint is begun", || {
-            let mut names = std::fs::read_dir(&spool).unwrap().map(|entry| entry.unwrap().file_name());
-            names.any(|name| name.to_string_lossy().ends_with(".checkpoint")).then_some(())
-        });
-        x.body(&content, content.len() / 2, content.len())
-    })
-}
-
 #[test]
 fn a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is_believed() {
     let dir = tempfile::tempdir().unwrap();
@@ -256,7 +238,20 @@ fn a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is
     let Some(shim) = build_shim(dir.path(), name) else { return };
     let (up, content) = (Upstream::start(), Content::new(302, 8 << 20));
     let service = Bare::start(failing(&shim, "fdatasync"), &[("STORAGE__CHECKPOINT_BYTES", "1MiB")]);
-    let url = in_halves(&up, "/checked", &content, &service);
+    let reply = Reply::ok(&content).field("ETag", "\"one\"");
+    // The first time it goes on until the service has had enough, at its second checkpoint.
+    let url = up.on("/checked", move |x| match x.attempt {
+        1 => {
+            x.send("HTTP/1.1 200 OK\r\nETag: \"one\"\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+            let began = Instant::now();
+            while began.elapsed() < PATIENCE {
+                x.chunk(&[1; 64 << 10])?;
+                std::thread::sleep(PATIENCE / 3000);
+            }
+            Ok(())
+        }
+        _ => x.reply(&reply),
+    });
     let details = service.fetch(&url).assert_error(500, "internal_error")["details"].to_string();
     assert!(details.contains("I/O error"), "{details}");
     service.assert_given_up();
