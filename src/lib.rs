@@ -21,3 +21,4 @@ pub mod telemetry;
 pub mod artifact;
 pub mod error;
 pub mod kill_point;
+pub mod sync;

@@ -11,6 +11,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("artifact", 0),
     ("error", 0),
     ("kill_point", 0),
+    ("sync", 0),
     ("config", 1),
     ("telemetry", 1),
     ("catalog", 2),

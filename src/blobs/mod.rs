@@ -4,11 +4,13 @@
 //! - A blob MUST NOT be visible under its name until all of its bytes are on disk and verified.
 //! - When [`Blobs::publish`] returns, the blob MUST survive a power cut.
 //! - Publishing a digest twice MUST equal publishing it once, in either order, at the same time too.
-//! - Nothing here ever deletes a blob: what is damaged is moved aside, and what is deleted is decided elsewhere.
+//! - What is damaged is moved aside, never deleted. Only [`Blobs::remove`] deletes, and only what its caller still finds
+//!   deleted while nobody can publish it, and nobody has published it without having recorded it yet.
 //! - A path MUST be formed from a parsed [`Digest`] only, never from request text.
 
 mod read;
 mod spool;
+mod sweep;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -16,16 +18,23 @@ use std::{
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use tokio::sync::Semaphore;
 
-use crate::{artifact::Digest, config::Storage, error::Error};
+use crate::{
+    artifact::Digest,
+    config::Storage,
+    error::Error,
+    sync::{Mutex, MutexGuard},
+};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
+use sweep::each_blob;
+pub use sweep::{Claim, Removal, SweepTurn, list_with_sizes, open_sweep_lock};
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";
@@ -78,6 +87,8 @@ pub struct Published {
     pub file: Arc<SpoolFile>,
     /// Something was at its place already.
     pub replaced: bool,
+    /// Keeps the sweep from it. To be held until the catalogue knows it, or won't.
+    pub claim: Claim,
 }
 
 /// What is found where a blob should be.
@@ -101,17 +112,21 @@ pub struct Blobs {
     next_spool: AtomicU64,
     spool_pool: Arc<Semaphore>,
     buffers: BufferPool,
-    /// By a digest's first byte: publishing, moving aside and (later) deleting exclude each other.
+    /// By a digest's first byte: publishing, moving aside and deleting exclude each other.
     shards: Box<[Mutex<Shard>; 256]>,
     _lock: File,
 }
 
-/// One first-level directory: which of its entries this process knows to be durable. A directory that merely exists
-/// may have been made by a process that was killed before it synced the parent.
+/// One first-level directory.
 #[derive(Debug, Default)]
 struct Shard {
+    /// This process knows it to be durable. A directory that merely exists may have been made by a process that was
+    /// killed before it synced the parent.
     durable: bool,
+    /// The same of its entries.
     durable_children: [u64; 4],
+    /// What is being published, once for each publisher: from before it has its name until the catalogue knows it.
+    claims: Vec<Digest>,
 }
 
 impl Blobs {
@@ -222,22 +237,24 @@ impl Blobs {
     pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Published, Error> {
         let blobs = self.clone();
         tokio::task::spawn_blocking(move || {
-            let replaced = blobs
+            let (replaced, claim) = blobs
                 .publish_now(&written)
                 .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
-            Ok(Published { file: written.file().clone(), replaced })
+            Ok(Published { file: written.file().clone(), replaced, claim })
         })
         .await
         .map_err(|_| Error::io("Failed to write to cache storage", &io::Error::other("publisher panicked")))?
     }
 
     /// Says whether something was there already.
-    fn publish_now(&self, written: &Written) -> io::Result<bool> {
+    pub(crate) fn publish_now(self: &Arc<Self>, written: &Written) -> io::Result<(bool, Claim)> {
         // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
         // is what returning the error does.
         written.file().sync()?;
         let digest = written.digest;
         let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
+        // Before the shard's lock, so that it is given up after it.
+        let claim = self.claim(digest);
         let mut shard = self.shard(digest);
         let outer = self.base.join(format!("{first:02x}"));
         let inner = outer.join(format!("{second:02x}"));
@@ -249,7 +266,7 @@ impl Blobs {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 shard.durable_children[word] &= !bit;
                 if fs::create_dir(&inner).is_err() {
-                    *shard = Shard::default();
+                    (shard.durable, shard.durable_children) = Default::default();
                     fs::create_dir_all(&inner)?;
                 }
                 written.file().rename_to(&to)?;
@@ -267,24 +284,16 @@ impl Blobs {
             sync_dir(&self.base)?;
             shard.durable = true;
         }
-        Ok(replaced)
+        Ok((replaced, claim))
     }
 
     /// The digests of all blobs that begin with this byte, in no order. Whatever else lies there is left out.
     pub fn list(&self, first: u8) -> io::Result<Vec<Digest>> {
         let mut found = Vec::new();
-        let outer = match fs::read_dir(self.base.join(format!("{first:02x}"))) {
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
-            outer => outer?,
-        };
-        for inner in outer {
-            let inner = inner?;
-            if inner.file_type()?.is_dir() {
-                for blob in fs::read_dir(inner.path())? {
-                    found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
-                }
-            }
-        }
+        each_blob(&self.base, first, |digest, _| {
+            found.push(digest);
+            Ok(())
+        })?;
         Ok(found)
     }
 
@@ -323,7 +332,7 @@ impl Blobs {
         path
     }
 
-    fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
+    fn shard(&self, digest: Digest) -> MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

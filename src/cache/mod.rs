@@ -12,6 +12,7 @@ mod body;
 mod download;
 mod front;
 mod inflight;
+mod sweep;
 
 use std::{
     sync::Arc,
@@ -34,6 +35,7 @@ pub use body::{Body, Broken};
 use front::Front;
 pub use front::Stored;
 use inflight::{Flight, Inflight, Stage};
+pub use sweep::Swept;
 
 /// Rejected digests that are remembered; old ones go first.
 const REMEMBERED_MISMATCHES: usize = 10_000;

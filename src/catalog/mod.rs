@@ -9,6 +9,7 @@
 //! Reads run on the calling thread (about 4 µs; handing them to another thread costs ten times that). All writes go
 //! through one thread that puts everything waiting into one transaction.
 
+mod deletion;
 mod sqlite;
 mod writer;
 
@@ -27,6 +28,7 @@ use crate::{
     artifact::{Digest, Version},
     error::Error,
 };
+pub use deletion::{Deleted, Editor, Removed};
 use writer::Writer;
 
 /// One content of one URL, published and durable, to be recorded.
@@ -96,6 +98,25 @@ pub enum OpenError {
          run that one, or restore an older backup"
     )]
     Newer {
+        /// `storage.database`.
+        path: PathBuf,
+        /// Its `user_version`.
+        found: i64,
+        /// The newest this program knows.
+        known: i64,
+    },
+    /// A command needs one that is there.
+    #[error("there is no database {path}: is storage.database the right one?")]
+    Absent {
+        /// `storage.database`.
+        path: PathBuf,
+    },
+    /// A command can't work on what an earlier version left.
+    #[error(
+        "the database {path} has schema {found}, this program wants {known}: start the service once, which brings it \
+         up to date"
+    )]
+    Older {
         /// `storage.database`.
         path: PathBuf,
         /// Its `user_version`.
@@ -173,8 +194,28 @@ impl Catalog {
 
     /// Records a published content as its URL's current one, in one transaction, and returns its row when that is
     /// durable.
-    pub async fn record(&self, record: Record) -> Result<Recorded, Error> {
-        self.writer.record(record).await
+    ///
+    /// `claim` is dropped when it is durable or has failed, even if nobody waits any more: until then the content's
+    /// file must be kept from the sweep, which can't know yet that it is wanted.
+    pub async fn record(&self, record: Record, claim: impl Send + 'static) -> Result<Recorded, Error> {
+        self.writer.record(record, Box::new(claim)).await
+    }
+
+    /// Blobs recorded as deleted whose files may still be there, the longest deleted first, `limit` at most.
+    pub fn unswept(&self, limit: usize) -> Result<Vec<Deleted>, Error> {
+        deletion::unswept(&self.reader(), limit)
+            .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
+    }
+
+    /// Whether nothing wants this blob now: it is still deleted, by that same deletion.
+    pub fn is_deleted(&self, blob: &Deleted) -> Result<bool, Error> {
+        deletion::is_deleted(&self.reader(), blob)
+            .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
+    }
+
+    /// Notes that the files of deleted blobs are gone for good. One that was published again meanwhile is left alone.
+    pub async fn mark_swept(&self, blobs: Vec<Deleted>) -> Result<(), Error> {
+        self.writer.mark_swept(blobs).await
     }
 
     /// Notes that a blob was found gone or damaged, so that the sums no longer count it. Never waits.

@@ -1,5 +1,6 @@
 //! The command line, and the only place where the parts are put together.
 
+mod delete;
 mod serve;
 
 use std::{
@@ -44,6 +45,8 @@ Examples:
 enum Verb {
     /// Run the service (also when no command is given)
     Serve,
+    /// Delete artifacts from the cache, or files that the database does not know
+    Delete(delete::DeleteArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -72,6 +75,7 @@ pub fn run() -> ExitCode {
     let Cli { verb, config } = Cli::parse();
     let done = match verb {
         None | Some(Verb::Serve) => serve::serve(&config),
+        Some(Verb::Delete(args)) => delete::delete(&config, &args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));

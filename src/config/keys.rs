@@ -141,6 +141,9 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.fetch.mismatch_memory, value::seconds(v))),
     list("fetch", "ignore_query", "parameter patterns, such as [X-Amz-*, \"sv if sig\"]",
         |c, v| put(&mut c.fetch.ignore_query, QueryGlobs::new(v))),
+
+    one("jobs", "delete_grace_seconds", SECONDS,
+        |c, v| put(&mut c.jobs.delete_grace, value::seconds(v))),
 ];
 
 fn put<T, E>(place: &mut T, read: Result<T, E>) -> Result<(), E> {

@@ -33,6 +33,8 @@ pub struct Config {
     pub upstream: Upstream,
     /// How `/fetch` answers.
     pub fetch: Fetch,
+    /// What is done in the background.
+    pub jobs: Jobs,
     /// Whether the metrics port was asked for by name, so that failing to bind it is an error.
     pub metrics_port_given: bool,
 }
@@ -138,6 +140,13 @@ pub struct Fetch {
     pub ignore_query: QueryGlobs,
 }
 
+/// Section `jobs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Jobs {
+    /// How long the file of a deleted artifact stays.
+    pub delete_grace: Duration,
+}
+
 /// How a streamed HTTP/1.1 body is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamFraming {
@@ -197,6 +206,7 @@ impl Default for Config {
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
             },
+            jobs: Jobs { delete_grace: Duration::from_secs(3600) },
             metrics_port_given: false,
         }
     }

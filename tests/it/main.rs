@@ -28,4 +28,5 @@ mod shutdown;
 mod single_flight;
 mod storage;
 mod streaming;
+mod sweep;
 mod tls;
