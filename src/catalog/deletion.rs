@@ -84,7 +84,9 @@ impl Editor {
         self.write(|tx| {
             let mut insert = tx.prepare_cached(
                 "INSERT INTO blobs (content_hash, file_size, state, deleted_at)
-                 VALUES (?1, ?2, 'deleted', CURRENT_TIMESTAMP) ON CONFLICT DO NOTHING",
+                 VALUES (?1, ?2, 'deleted', CURRENT_TIMESTAMP)
+                 ON CONFLICT (content_hash) DO UPDATE SET file_size = excluded.file_size,
+                     deleted_at = CURRENT_TIMESTAMP, swept_at = NULL WHERE swept_at IS NOT NULL",
             )?;
             blobs.iter().try_fold(0, |count, (digest, size)| {
                 Ok(count + insert.execute(params![hash_text(*digest), *size as i64])?)

@@ -181,7 +181,7 @@ impl Catalog {
             .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
     }
 
-    /// Whether a blob with this digest was ever recorded.
+    /// Whether a file with this digest may be in the store: it was recorded, and not swept since.
     pub fn knows_blob(&self, digest: Digest) -> Result<bool, Error> {
         sqlite::knows_blob(&self.reader(), digest)
             .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))

@@ -210,8 +210,10 @@ pub(super) fn record(tx: &Transaction<'_>, record: &Record) -> rusqlite::Result<
     Ok(Recorded { artifact, is_new_blob })
 }
 
+/// One that was swept is known no more: should its file be there, a crash has left it half published.
 pub(super) fn knows_blob(db: &Connection, digest: Digest) -> rusqlite::Result<bool> {
-    db.prepare_cached("SELECT 1 FROM blobs WHERE content_hash = ?1")?.exists([hash_text(digest)])
+    db.prepare_cached("SELECT 1 FROM blobs WHERE content_hash = ?1 AND swept_at IS NULL")?
+        .exists([hash_text(digest)])
 }
 
 /// Adds what was counted in memory since the last time.

@@ -348,6 +348,23 @@ fn orphans_are_listed_and_deleted_only_when_told() {
     wait_gone(&service.blob(&Content::new(915, 10).sha256()));
 }
 
+/// A crash between a file's name and its row leaves the file, of whose blob the database says that it was swept.
+#[test]
+fn a_file_that_a_crash_left_of_a_swept_blob_is_an_orphan() {
+    let (up, service, content) = (Upstream::start(), eager().start(), Content::new(920, 5_000));
+    let url = stored(&service, &up, "/a", &content);
+    let blob = service.blob(&content.sha256());
+    deleted(service.service(), &url);
+    eventually("it is swept and noted", || state(&service, &content.sha256()).2.then_some(()));
+    fs::write(&blob, content.bytes()).unwrap();
+    let listed = delete(service.service(), &["--orphans"]);
+    assert_eq!(text(&listed.stdout), format!("{} 5000\n", content.sha256()));
+    assert_eq!(delete(service.service(), &["--orphans", "--yes", "--force"]).status.code(), Some(0));
+    wait_gone(&blob);
+    eventually("that is noted too", || state(&service, &content.sha256()).2.then_some(()));
+    assert_eq!(text(&delete(service.service(), &["--orphans"]).stdout), "");
+}
+
 /// An orphan that is published before the sweep comes to it is an artifact like any other.
 #[test]
 fn a_deleted_orphan_that_is_published_stays() {
