@@ -21,6 +21,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("jobs", 4),
     ("server", 5),
     ("cli", 6),
+    ("fuzz", 6),
 ];
 
 /// The layer whose modules never import one another.

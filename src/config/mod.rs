@@ -258,7 +258,23 @@ impl Config {
         file: Option<&Path>,
         env: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Config, ConfigError> {
-        let mut settings = file.map(source::file).transpose()?.unwrap_or_default();
+        let settings = file.map(source::file).transpose()?.unwrap_or_default();
+        Config::build(settings, env)
+    }
+
+    /// As [`Config::load`], from a text instead of a file; messages call it `name`.
+    pub fn parse(
+        name: &str,
+        text: &str,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Config, ConfigError> {
+        Config::build(source::yaml(name.to_owned(), text)?, env)
+    }
+
+    fn build(
+        mut settings: Vec<Setting>,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Config, ConfigError> {
         settings.extend(source::environment(env)?);
         let mut config = Config::default();
         for setting in &settings {
