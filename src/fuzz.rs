@@ -71,7 +71,9 @@ fn check_url(url: &SourceUrl) {
     let key = url.key();
     assert!(key.len() <= MAX_URL_BYTES && key.bytes().all(|byte| byte.is_ascii_graphic()), "{key:?}");
     let sent = url.upstream();
-    assert!(matches!(sent.scheme(), "http" | "https") && sent.host_str().is_some_and(|host| !host.is_empty()));
+    assert!(
+        matches!(sent.scheme(), "http" | "https") && sent.host_str().is_some_and(|host| !host.is_empty())
+    );
     assert!(sent.username().is_empty() && sent.password().is_none() && sent.fragment().is_none(), "{sent}");
     assert_eq!(url.masked().split('?').next(), key.split('?').next(), "only the query is masked");
     if let Some(name) = media::file_name(None, url) {
@@ -102,7 +104,10 @@ pub fn range(data: &[u8]) {
     let head = conditions::judge(&Method::HEAD, &headers, known);
     assert!(!matches!(head, Verdict::Ranges(_) | Verdict::Unsatisfiable(_)), "HEAD has no ranges");
     let unsized_ = conditions::judge(&Method::GET, &headers, Validators { size: None, ..known });
-    assert!(!matches!(unsized_, Verdict::Ranges(_) | Verdict::Unsatisfiable(_)), "nor has what has no length");
+    assert!(
+        !matches!(unsized_, Verdict::Ranges(_) | Verdict::Unsatisfiable(_)),
+        "nor has what has no length"
+    );
 }
 
 /// A configuration file; lines that begin with `ARTIFACT_CACHE__` are variables.
@@ -160,7 +165,8 @@ pub fn media_headers(data: &[u8]) {
 }
 
 fn check_file_name(name: &str) {
-    let is_clean = |c: char| !c.is_control() && !matches!(c, '/' | '\\' | '\u{2028}' | '\u{2029}' | '\u{202e}');
+    let is_clean =
+        |c: char| !c.is_control() && !matches!(c, '/' | '\\' | '\u{2028}' | '\u{2029}' | '\u{202e}');
     assert!((1..=255).contains(&name.len()) && name.chars().all(is_clean) && name != "." && name != "..");
     assert_eq!(name.trim(), name);
 }
@@ -175,7 +181,10 @@ pub fn upstream_headers(data: &[u8]) {
         check_file_name(name);
     }
     if let Some(etag) = head.strong_etag() {
-        assert!(etag.len() >= 2 && etag.len() <= 1024 && etag.starts_with('"') && etag.ends_with('"'), "{etag}");
+        assert!(
+            etag.len() >= 2 && etag.len() <= 1024 && etag.starts_with('"') && etag.ends_with('"'),
+            "{etag}"
+        );
     }
     assert!(head.last_modified.is_none_or(|date| date <= SystemTime::now()));
     for offset in [1, 500, 999, u64::MAX] {

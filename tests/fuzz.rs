@@ -11,10 +11,54 @@ use proptest::prelude::*;
 
 /// What the parsers look for; most random bytes never get past the first of it.
 const WORDS: [&str; 48] = [
-    "/fetch", "/fetch/", "url=", "sha256=", "https://", "http:/", "&", "?", "#", "%2F", "%00", "%", "+", "@", ":",
-    "..", "//", "\\", "[::1]", "é", "\u{202e}", "bytes=", "-", ",", "0", "18446744073709551615", "\"", "\"a\"", "W/",
-    "*", ";", "filename=", "filename*=", "UTF-8''", "'", "\r\n", "\n", "\0", ": ", "  ", "[", "]", "{", "}", "null",
-    "server:", "ARTIFACT_CACHE__", "bytes 1-999/1000",
+    "/fetch",
+    "/fetch/",
+    "url=",
+    "sha256=",
+    "https://",
+    "http:/",
+    "&",
+    "?",
+    "#",
+    "%2F",
+    "%00",
+    "%",
+    "+",
+    "@",
+    ":",
+    "..",
+    "//",
+    "\\",
+    "[::1]",
+    "é",
+    "\u{202e}",
+    "bytes=",
+    "-",
+    ",",
+    "0",
+    "18446744073709551615",
+    "\"",
+    "\"a\"",
+    "W/",
+    "*",
+    ";",
+    "filename=",
+    "filename*=",
+    "UTF-8''",
+    "'",
+    "\r\n",
+    "\n",
+    "\0",
+    ": ",
+    "  ",
+    "[",
+    "]",
+    "{",
+    "}",
+    "null",
+    "server:",
+    "ARTIFACT_CACHE__",
+    "bytes 1-999/1000",
 ];
 
 fn directory(target: &str) -> PathBuf {
@@ -79,9 +123,13 @@ fn apply(mut bytes: Vec<u8>, change: &Change, corpus: &[Vec<u8>]) -> Vec<u8> {
     bytes
 }
 
-/// The corpus as it is, then `cases` changed ones, then as many of random bytes.
 fn try_target(name: &str, cases: u32) {
-    let (_, target): (_, Target) = *TARGETS.iter().find(|(known, _)| *known == name).expect("it is a target");
+    let (_, target) = *TARGETS.iter().find(|(known, _)| *known == name).expect("it is a target");
+    try_promise(name, cases, target);
+}
+
+/// The corpus as it is, then `cases` others: nine in ten are changed ones, the rest are random bytes.
+fn try_promise(name: &str, cases: u32, target: Target) {
     let corpus = corpus(name);
     assert!(corpus.len() > 5, "the corpus of {name} is there");
     corpus.iter().for_each(|bytes| target(bytes));
@@ -121,6 +169,16 @@ fn media() {
 #[test]
 fn upstream() {
     try_target("upstream", 20_000);
+}
+
+/// A promise that only a changed input breaks.
+#[test]
+#[should_panic(expected = "twice")]
+fn a_broken_promise_is_found() {
+    try_promise("request_target", 20_000, |data| {
+        let times = data.windows(7).filter(|part| part == b"sha256=").count();
+        assert!(times < 2, "twice");
+    });
 }
 
 /// A target that nobody tries here, or a directory that no target has.

@@ -11,6 +11,7 @@
 mod read;
 mod spool;
 mod sweep;
+mod sweep_lock;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -34,7 +35,8 @@ use crate::{
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
 use sweep::each_blob;
-pub use sweep::{Claim, Removal, SweepTurn, list_with_sizes, open_sweep_lock};
+pub use sweep::{Claim, Removal, list_with_sizes};
+pub use sweep_lock::SweepLock;
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";

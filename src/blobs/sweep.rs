@@ -6,7 +6,7 @@
 //! whatever was published is recorded, so that what the catalogue says under the lock is the truth.
 
 use std::{
-    fs::{self, DirEntry, File, TryLockError},
+    fs::{self, DirEntry},
     io,
     os::unix::fs::MetadataExt,
     path::Path,
@@ -14,11 +14,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{Blobs, sync_dir};
+use super::{Blobs, SweepLock, sync_dir};
 use crate::{artifact::Digest, error::Error, kill_point};
-
-/// A backup holds it shared while it needs every blob of its snapshot, the sweep alone during a turn.
-const SWEEP_LOCK_FILE: &str = ".sweep.lock";
 
 /// A publisher's claim on a digest. Dropping it gives it up.
 #[derive(Debug)]
@@ -34,13 +31,6 @@ impl Drop for Claim {
             shard.claims.swap_remove(at);
         }
     }
-}
-
-/// The sweep's turn; while it lives no backup begins to copy blobs.
-#[derive(Debug)]
-pub struct SweepTurn {
-    /// Closing it gives the lock back.
-    _lock: File,
 }
 
 /// What [`Blobs::remove`] came to.
@@ -61,17 +51,9 @@ impl Blobs {
         Claim { blobs: self.clone(), digest }
     }
 
-    /// A turn for the sweep, `None` while a backup needs the blobs.
-    ///
-    /// # Errors
-    /// When the lock file can't be made or locked.
-    pub fn try_sweep_turn(&self) -> io::Result<Option<SweepTurn>> {
-        let lock = open_sweep_lock(&self.base)?;
-        match lock.try_lock() {
-            Ok(()) => Ok(Some(SweepTurn { _lock: lock })),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(cause)) => Err(cause),
-        }
+    /// A turn for the sweep, `None` while a backup needs every blob of its snapshot.
+    pub fn try_sweep_turn(&self) -> io::Result<Option<SweepLock>> {
+        SweepLock::try_exclusive(&self.base)
     }
 
     /// Deletes a blob for good, if `is_deleted` says so while nobody can publish it. `deleted_at` is when it was
@@ -123,11 +105,6 @@ fn written_seconds(file: &fs::Metadata) -> i64 {
 /// As the catalogue writes times: whole seconds.
 fn seconds(time: SystemTime) -> i64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs() as i64
-}
-
-/// The file whose lock decides between the sweep (exclusive) and backups (shared), in the store at `base`.
-pub fn open_sweep_lock(base: &Path) -> io::Result<File> {
-    File::options().create(true).truncate(false).write(true).open(base.join(SWEEP_LOCK_FILE))
 }
 
 /// The blobs below the store at `base` whose digest begins with this byte, with their sizes in bytes. For commands

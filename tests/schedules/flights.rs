@@ -141,17 +141,17 @@ fn mixed(forgets_to_look: bool) {
 
 #[test]
 fn everybody_gets_what_is_right_for_them() {
-    schedules(30_000, || mixed(false));
+    schedules(20_000, || mixed(false));
 }
 
 #[test]
 fn who_leads_must_look_again() {
-    breaks(30_000, "what is held is not downloaded", || mixed(true));
+    breaks(20_000, "what is held is not downloaded", || mixed(true));
 }
 
 #[test]
 fn what_nobody_is_content_with_is_not_stored() {
-    schedules(10_000, || {
+    schedules(8_000, || {
         let world = World::new(false);
         let answers = world.fetch_all(&[Some(digest(0xbb)), Some(digest(0xcc)), Some(digest(0xbb))]);
         assert_eq!(answers, [Answer::Mismatch, Answer::Mismatch, Answer::Mismatch]);
