@@ -166,3 +166,52 @@ pub(super) fn mark_swept(db: &mut Connection, blobs: &[Deleted]) -> rusqlite::Re
     }
     tx.commit()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        path::PathBuf,
+        sync::mpsc::{Sender, channel},
+    };
+
+    use super::*;
+    use crate::{
+        artifact::Version,
+        catalog::{Catalog, Record},
+    };
+
+    /// Tells when it is dropped whether the row can be read by then.
+    struct Claim(PathBuf, Sender<bool>);
+
+    impl Drop for Claim {
+        fn drop(&mut self) {
+            let db = sqlite::open_reader(&self.0).unwrap();
+            self.1.send(sqlite::find(&db, "http://h/x").unwrap().is_some()).unwrap();
+        }
+    }
+
+    /// Between a file and its row only the claim keeps the sweep away.
+    #[tokio::test]
+    async fn a_claim_is_held_until_the_row_is_there_even_if_nobody_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metadata.db");
+        let catalog = Catalog::open(&path, 1).unwrap();
+        let version = Version {
+            digest: "ab".repeat(32).parse().unwrap(),
+            size: 1,
+            content_type: None,
+            content_encoding: None,
+            file_name: None,
+            etag: None,
+            last_modified: None,
+            fetched: SystemTime::now(),
+        };
+        let (told, heard) = channel();
+        let recording =
+            catalog.record(Record { source_url: "http://h/x".into(), version }, Claim(path, told));
+        // Asked once, so that it is on its way, and then given up.
+        let given_up = tokio::time::timeout(Duration::ZERO, recording).await;
+        drop(given_up);
+        assert!(heard.recv_timeout(Duration::from_secs(30)).unwrap(), "the row was there first");
+    }
+}

@@ -278,6 +278,24 @@ fn a_sweep_that_dies_is_finished_by_the_next() {
     }
 }
 
+/// What lies in the way of one deletion must not keep the others waiting.
+#[test]
+fn what_can_not_be_removed_is_said_and_keeps_nothing_else() {
+    let (up, service) = (Upstream::start(), eager().start());
+    let (stuck, other) = (Content::new(921, 5_000), Content::new(922, 6_000));
+    let urls = [stored(&service, &up, "/stuck", &stuck), stored(&service, &up, "/other", &other)];
+    let place = service.blob(&stuck.sha256());
+    fs::remove_file(&place).unwrap();
+    fs::create_dir(&place).unwrap();
+    urls.iter().for_each(|url| drop(deleted(service.service(), url)));
+    wait_gone(&service.blob(&other.sha256()));
+    service.wait_log("the warning", |line| {
+        line["level"] == "WARN" && line["msg"].as_str().is_some_and(|msg| msg.contains("can't be removed"))
+    });
+    fs::remove_dir(&place).unwrap();
+    eventually("it is tried again", || state(&service, &stuck.sha256()).2.then_some(()));
+}
+
 #[test]
 fn unknown_urls_are_told_and_the_others_deleted() {
     let (up, service, content) = (Upstream::start(), Service::new().start(), Content::new(911, 100));
