@@ -6,15 +6,14 @@
 //! whatever was published is recorded, so that what the catalogue says under the lock is the truth.
 
 use std::{
-    fs::{self, DirEntry},
-    io,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use super::{Blobs, SweepLock, sync_dir};
+use super::{Blobs, SweepLock, list, place, sync_dir};
 use crate::{artifact::Digest, error::Error, kill_point};
 
 /// A publisher's claim on a digest. Dropping it gives it up.
@@ -110,40 +109,11 @@ fn seconds(time: SystemTime) -> i64 {
 /// The blobs below the store at `base` whose digest begins with this byte, with their sizes in bytes. For commands
 /// beside a running service, which has the store locked.
 pub fn list_with_sizes(base: &Path, first: u8) -> io::Result<Vec<(Digest, u64)>> {
-    let mut found = Vec::new();
-    each_blob(base, first, |digest, entry| {
-        match entry.metadata() {
-            Ok(metadata) => found.push((digest, metadata.len())),
-            // Moved away meanwhile.
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
-            Err(cause) => return Err(cause),
-        }
-        Ok(())
-    })?;
-    Ok(found)
-}
-
-/// Calls `take` for whatever has a digest as its name where blobs with this first byte lie. All else is left out.
-pub(super) fn each_blob(
-    base: &Path,
-    first: u8,
-    mut take: impl FnMut(Digest, &DirEntry) -> io::Result<()>,
-) -> io::Result<()> {
-    let outer = match fs::read_dir(base.join(format!("{first:02x}"))) {
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
-        outer => outer?,
+    let size = |digest| match fs::symlink_metadata(place(base, digest)) {
+        Ok(found) => Ok(Some((digest, found.len()))),
+        // Moved away meanwhile.
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(cause),
     };
-    for inner in outer {
-        let inner = inner?;
-        if !inner.file_type()?.is_dir() {
-            continue;
-        }
-        for entry in fs::read_dir(inner.path())? {
-            let entry = entry?;
-            if let Some(digest) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
-                take(digest, &entry)?;
-            }
-        }
-    }
-    Ok(())
+    list(base, first)?.into_iter().filter_map(|digest| size(digest).transpose()).collect()
 }

@@ -7,7 +7,7 @@ use std::{error::Error, process::ExitCode};
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{ConfigArgs, Outcome};
+use super::Outcome;
 use crate::{
     artifact::{Digest, SourceUrl},
     blobs,
@@ -19,7 +19,7 @@ use crate::{
 const NOT_FOUND: u8 = 3;
 
 /// Shown below the options.
-pub(super) const HELP: &str = "\
+pub(super) const AFTER_HELP: &str = "\
 The database is changed at once, also while the service runs; within a second the service knows. The file goes when
 jobs.delete_grace_seconds are over and the service runs, unless another URL has the same content, or it was downloaded
 again meanwhile. What contents a URL has had stays on record (table versions).
@@ -34,7 +34,6 @@ Examples:
 
 /// What to delete.
 #[derive(Debug, Args)]
-#[command(after_help = HELP)]
 pub(super) struct DeleteArgs {
     /// Artifacts, by the URLs they were asked for
     #[arg(value_name = "URL", required_unless_present = "orphans", conflicts_with = "orphans")]
@@ -54,12 +53,11 @@ pub(super) struct DeleteArgs {
 }
 
 /// Deletes, or lists.
-pub(super) fn delete(config: &ConfigArgs, args: &DeleteArgs) -> Outcome {
-    let (config, _) = config.load()?;
+pub(super) fn delete(config: &Config, args: &DeleteArgs) -> Outcome {
     let mut editor = Editor::open(&config.storage.database)?;
     match args.orphans {
-        true => delete_orphans(&config, &mut editor, args),
-        false => delete_urls(&config, &mut editor, args),
+        true => delete_orphans(config, &mut editor, args),
+        false => delete_urls(config, &mut editor, args),
     }
 }
 

@@ -1,6 +1,8 @@
 //! The command line, and the only place where the parts are put together.
 
+mod backup;
 mod delete;
+mod restore;
 mod serve;
 
 use std::{
@@ -45,7 +47,14 @@ Examples:
 enum Verb {
     /// Run the service (also when no command is given)
     Serve,
+    /// Copy the database and all artifacts to a directory, while the service runs or not
+    #[command(after_help = backup::AFTER_HELP)]
+    Backup(backup::BackupArgs),
+    /// Put back a backup, or a daily snapshot of the database
+    #[command(after_help = restore::AFTER_HELP)]
+    Restore(restore::RestoreArgs),
     /// Delete artifacts from the cache, or files that the database does not know
+    #[command(after_help = delete::AFTER_HELP)]
     Delete(delete::DeleteArgs),
 }
 
@@ -75,12 +84,18 @@ pub fn run() -> ExitCode {
     let Cli { verb, config } = Cli::parse();
     let done = match verb {
         None | Some(Verb::Serve) => serve::serve(&config),
-        Some(Verb::Delete(args)) => delete::delete(&config, &args),
+        Some(Verb::Backup(args)) => load(&config).and_then(|config| backup::backup(&config, &args)),
+        Some(Verb::Restore(args)) => load(&config).and_then(|config| restore::restore(&config, &args)),
+        Some(Verb::Delete(args)) => load(&config).and_then(|config| delete::delete(&config, &args)),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));
         ExitCode::FAILURE
     })
+}
+
+fn load(args: &ConfigArgs) -> Result<Config, Box<dyn Error>> {
+    Ok(args.load()?.0)
 }
 
 /// An error and its causes in one line.

@@ -73,6 +73,12 @@ pub struct Storage {
     pub max_artifact_bytes: u64,
     /// Bytes of disk that downloads leave free.
     pub min_free_bytes: u64,
+    /// After so many bytes a download is made safe to be continued after a restart; above 0.
+    pub checkpoint_bytes: u64,
+    /// How long a download that broke off is kept to be continued; zero for not at all.
+    pub partial_keep: Duration,
+    /// Bytes of all downloads kept so, together; 0 for none.
+    pub partial_max_bytes: u64,
 }
 
 /// Section `logging`.
@@ -145,6 +151,8 @@ pub struct Fetch {
 pub struct Jobs {
     /// How long the file of a deleted artifact stays.
     pub delete_grace: Duration,
+    /// Daily snapshots of the database that are kept; 0 for none.
+    pub snapshots_kept: usize,
 }
 
 /// How a streamed HTTP/1.1 body is framed.
@@ -195,6 +203,9 @@ impl Default for Config {
                 database: "./data/metadata.db".into(),
                 max_artifact_bytes: 100 << 30,
                 min_free_bytes: 1 << 30,
+                checkpoint_bytes: 64 << 20,
+                partial_keep: Duration::from_secs(24 * 3600),
+                partial_max_bytes: 20 << 30,
             },
             logging: Logging { level: Level::INFO, format: LogFormat::Json },
             upstream: Upstream::default(),
@@ -206,7 +217,7 @@ impl Default for Config {
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
             },
-            jobs: Jobs { delete_grace: Duration::from_secs(3600) },
+            jobs: Jobs { delete_grace: Duration::from_secs(3600), snapshots_kept: 7 },
             metrics_port_given: false,
         }
     }

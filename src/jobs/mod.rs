@@ -4,6 +4,7 @@
 
 mod census;
 mod collect;
+mod snapshot;
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,39 +14,65 @@ use crate::{cache::Cache, config::Jobs};
 use collect::Collect;
 
 const CENSUS_EVERY: Duration = Duration::from_secs(24 * 3600);
+/// How often is looked whether a snapshot is due.
+const SNAPSHOT_CHECK_EVERY: Duration = Duration::from_secs(600);
+/// Partial downloads are kept for hours; a few minutes more are nothing.
+const EXPIRY_EVERY: Duration = Duration::from_secs(600);
 
 /// Runs every job at its time until `stop` is cancelled.
 pub async fn run(cache: Arc<Cache>, config: Jobs, stop: CancellationToken) {
-    tokio::join!(run_census(&cache, &stop), run_collect(&cache, &config, &stop));
+    tokio::join!(
+        take_census(&cache, &stop),
+        take_snapshots(&cache, config.snapshots_kept, &stop),
+        expire_partials(&cache, &stop),
+        collect(&cache, config.delete_grace, &stop),
+    );
 }
 
-async fn run_census(cache: &Arc<Cache>, stop: &CancellationToken) {
-    loop {
-        if let Err(error) = census::run_once(cache, stop).await {
-            tracing::warn!(error = %error, "census failed, will be tried again");
-        }
-        if is_stopped_within(CENSUS_EVERY, stop).await {
-            return;
-        }
-    }
-}
-
-async fn run_collect(cache: &Arc<Cache>, config: &Jobs, stop: &CancellationToken) {
-    let mut collect = Collect::new(config.delete_grace);
+/// What was deleted leaves the disk.
+async fn collect(cache: &Arc<Cache>, grace: Duration, stop: &CancellationToken) {
+    let mut collect = Collect::new(grace);
     loop {
         if let Err(error) = collect.run_once(cache, stop).await {
             tracing::warn!(error = %error, "sweep failed, will be tried again");
         }
-        if is_stopped_within(collect.period(), stop).await {
+        if stops_within(collect.period(), stop).await {
             return;
         }
     }
 }
 
-/// Waits until a job's next time, and says whether there is none.
-async fn is_stopped_within(pause: Duration, stop: &CancellationToken) -> bool {
-    tokio::select! {
-        () = tokio::time::sleep(pause) => false,
-        () = stop.cancelled() => true,
+/// Partial downloads go when their time is up.
+async fn expire_partials(cache: &Arc<Cache>, stop: &CancellationToken) {
+    while !stops_within(EXPIRY_EVERY, stop).await {
+        let cache = cache.clone();
+        let _ = tokio::task::spawn_blocking(move || cache.give_up_expired_partials()).await;
     }
+}
+
+async fn take_census(cache: &Arc<Cache>, stop: &CancellationToken) {
+    loop {
+        if let Err(error) = census::run_once(cache, stop).await {
+            tracing::warn!(error = %error, "census failed, will be tried again");
+        }
+        if stops_within(CENSUS_EVERY, stop).await {
+            return;
+        }
+    }
+}
+
+async fn take_snapshots(cache: &Arc<Cache>, kept: usize, stop: &CancellationToken) {
+    loop {
+        if let Err(error) = snapshot::run_once(cache, kept).await {
+            tracing::warn!(error = %error, "no snapshot of the database, will be tried again");
+        }
+        if stops_within(SNAPSHOT_CHECK_EVERY, stop).await {
+            return;
+        }
+    }
+}
+
+/// Waits; true if the order to stop came meanwhile.
+async fn stops_within(time: Duration, stop: &CancellationToken) -> bool {
+    tokio::time::timeout(time, stop.cancelled()).await.is_ok()
 }

@@ -4,11 +4,14 @@
 
 mod harness;
 
+mod archive;
+mod backup;
 mod bad_input;
 mod checksums;
 mod cli;
 mod connections;
 mod crash;
+mod disk;
 mod errors;
 mod fetch;
 mod framing;
@@ -21,6 +24,7 @@ mod limits;
 mod logs;
 mod memory;
 mod metrics;
+mod partial;
 mod ranges;
 mod redirects;
 mod retries;

@@ -327,7 +327,7 @@ fn a_missing_or_older_database_is_refused_with_the_cure() {
     assert!(text(&output.stderr).contains("there is no database"), "{}", text(&output.stderr));
     assert!(!service.database().exists(), "none is made");
     let old = rusqlite::Connection::open(service.database()).unwrap();
-    old.pragma_update(None, "user_version", 1).unwrap();
+    old.execute_batch("CREATE TABLE blobs (content_hash); PRAGMA user_version = 1").unwrap();
     let output = delete(&service, &["http://h/"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("start the service once"), "{}", text(&output.stderr));

@@ -13,7 +13,7 @@ use artifact_cache::config::Config;
 use shuttle::thread::{spawn, yield_now};
 use tokio::runtime::Runtime;
 
-use crate::blobs::{Blobs, Removal, Written};
+use crate::blobs::{Blobs, Origin, Removal, Written};
 use crate::{breaks, schedules};
 
 /// What every schedule shares: opening a database takes longer than a schedule.
@@ -78,7 +78,8 @@ impl World {
     fn written(&self) -> Written {
         let runtime = &shared().runtime;
         let _inside = runtime.enter();
-        let mut spool = self.blobs.spool(None).unwrap();
+        let origin = Origin { source_url: String::new(), head: serde_json::Value::Null };
+        let mut spool = self.blobs.spool(None, origin).unwrap();
         runtime.block_on(async {
             spool.write(self.content.clone().into()).await.unwrap();
             spool.finish().await.unwrap()
