@@ -190,6 +190,21 @@ mod tests {
         }
     }
 
+    /// What a failed write has left may be found when the database is opened again.
+    #[test]
+    fn nothing_is_deleted_while_the_database_can_not_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metadata.db");
+        let catalog = Catalog::open(&path, 1).unwrap();
+        let digest = "ab".repeat(32).parse().unwrap();
+        Editor::open(&path).unwrap().delete_unknown(&[(digest, 1)]).unwrap();
+        let deleted = catalog.unswept(10).unwrap();
+        assert_eq!(deleted.len(), 1);
+        assert!(catalog.is_deleted(&deleted[0]).unwrap());
+        catalog.status.read_only.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(!catalog.is_deleted(&deleted[0]).unwrap());
+    }
+
     /// Between a file and its row only the claim keeps the sweep away.
     #[tokio::test]
     async fn a_claim_is_held_until_the_row_is_there_even_if_nobody_waits() {
