@@ -4,6 +4,8 @@
 
 // 6: verbs, and the only wiring
 pub mod cli;
+#[doc(hidden)]
+pub mod fuzz;
 // 5: HTTP, the only place that knows status codes and headers
 pub mod server;
 // 4: what is done in the background
@@ -21,3 +23,4 @@ pub mod telemetry;
 pub mod artifact;
 pub mod error;
 pub mod kill_point;
+pub mod sync;

@@ -11,6 +11,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("artifact", 0),
     ("error", 0),
     ("kill_point", 0),
+    ("sync", 0),
     ("config", 1),
     ("telemetry", 1),
     ("catalog", 2),
@@ -20,6 +21,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("jobs", 4),
     ("server", 5),
     ("cli", 6),
+    ("fuzz", 6),
 ];
 
 /// The layer whose modules never import one another.

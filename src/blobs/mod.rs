@@ -4,13 +4,15 @@
 //! - A blob MUST NOT be visible under its name until all of its bytes are on disk and verified.
 //! - When [`Blobs::publish`] returns, the blob MUST survive a power cut.
 //! - Publishing a digest twice MUST equal publishing it once, in either order, at the same time too.
-//! - Nothing here ever deletes a blob: what is damaged is moved aside, and what is deleted is decided elsewhere.
+//! - What is damaged is moved aside, never deleted. Only [`Blobs::remove`] deletes, and only what its caller still finds
+//!   deleted while nobody can publish it, and nobody has published it without having recorded it yet.
 //! - A path MUST be formed from a parsed [`Digest`] only, never from request text.
 
 mod partial;
 mod read;
 mod room;
 mod spool;
+mod sweep;
 mod sweep_lock;
 mod tree;
 
@@ -20,19 +22,25 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use tokio::sync::Semaphore;
 
-use crate::{artifact::Digest, config::Storage, error::Error};
+use crate::{
+    artifact::Digest,
+    config::Storage,
+    error::Error,
+    sync::{Mutex, MutexGuard},
+};
 use partial::Partials;
 pub use partial::{Origin, Partial};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 use room::Disk;
 pub use spool::{Spool, SpoolFile, Written};
+pub use sweep::{Claim, Removal, list_with_sizes};
 pub use sweep_lock::SweepLock;
 pub use tree::{Taken, Tree, Way};
 
@@ -89,6 +97,8 @@ pub struct Published {
     pub file: Arc<SpoolFile>,
     /// Something was at its place already.
     pub replaced: bool,
+    /// Keeps the sweep from it. To be held until the catalogue knows it, or won't.
+    pub claim: Claim,
 }
 
 /// What is found where a blob should be.
@@ -111,17 +121,21 @@ pub struct Blobs {
     next_spool: AtomicU64,
     spool_pool: Arc<Semaphore>,
     buffers: BufferPool,
-    /// By a digest's first byte: publishing, moving aside and (later) deleting exclude each other.
+    /// By a digest's first byte: publishing, moving aside and deleting exclude each other.
     shards: Box<[Mutex<Shard>; 256]>,
     _lock: File,
 }
 
-/// One first-level directory: which of its entries this process knows to be durable. A directory that merely exists
-/// may have been made by a process that was killed before it synced the parent.
+/// One first-level directory.
 #[derive(Debug, Default)]
 struct Shard {
+    /// This process knows it to be durable. A directory that merely exists may have been made by a process that was
+    /// killed before it synced the parent.
     durable: bool,
+    /// The same of its entries.
     durable_children: [u64; 4],
+    /// What is being published, once for each publisher: from before it has its name until the catalogue knows it.
+    claims: Vec<Digest>,
 }
 
 impl Blobs {
@@ -253,21 +267,23 @@ impl Blobs {
         tokio::task::spawn_blocking(move || {
             let published = blobs.publish_now(&written);
             blobs.disk.note_failure(published.is_err());
-            let replaced =
+            let (replaced, claim) =
                 published.map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
-            Ok(Published { file: written.file().clone(), replaced })
+            Ok(Published { file: written.file().clone(), replaced, claim })
         })
         .await
         .map_err(|_| Error::io("Failed to write to cache storage", &io::Error::other("publisher panicked")))?
     }
 
     /// Says whether something was there already.
-    fn publish_now(&self, written: &Written) -> io::Result<bool> {
+    pub(crate) fn publish_now(self: &Arc<Self>, written: &Written) -> io::Result<(bool, Claim)> {
         // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
         // is what returning the error does.
         written.file().sync()?;
         let digest = written.digest;
         let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
+        // Before the shard's lock, so that it is given up after it.
+        let claim = self.claim(digest);
         let mut shard = self.shard(digest);
         let outer = self.base.join(format!("{first:02x}"));
         let inner = outer.join(format!("{second:02x}"));
@@ -279,7 +295,7 @@ impl Blobs {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
                 shard.durable_children[word] &= !bit;
                 if fs::create_dir(&inner).is_err() {
-                    *shard = Shard::default();
+                    (shard.durable, shard.durable_children) = Default::default();
                     fs::create_dir_all(&inner)?;
                 }
                 written.file().rename_to(&to)?;
@@ -297,7 +313,7 @@ impl Blobs {
             sync_dir(&self.base)?;
             shard.durable = true;
         }
-        Ok(replaced)
+        Ok((replaced, claim))
     }
 
     /// The digests of all blobs that begin with this byte, in no order. Whatever else lies there is left out.
@@ -377,7 +393,7 @@ impl Blobs {
         place(&self.base, digest)
     }
 
-    fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
+    fn shard(&self, digest: Digest) -> MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

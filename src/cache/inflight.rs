@@ -3,18 +3,19 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Arc, PoisonError,
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::front::Stored;
 use crate::{
     artifact::{Digest, RequestId, SourceUrl, Version, Want},
     blobs::SpoolFile,
     error::Error,
+    sync::{AtomicU64, Mutex, MutexGuard, watch},
     upstream::Head,
 };
 

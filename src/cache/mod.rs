@@ -13,6 +13,7 @@ mod body;
 mod download;
 mod front;
 mod inflight;
+mod sweep;
 
 use std::{
     path::PathBuf,
@@ -38,6 +39,7 @@ pub use body::{Body, Broken};
 use front::Front;
 pub use front::Stored;
 use inflight::{Flight, Inflight, Stage};
+pub use sweep::Swept;
 
 /// Rejected digests that are remembered; old ones go first.
 const REMEMBERED_MISMATCHES: usize = 10_000;

@@ -9,6 +9,7 @@
 //! Reads run on the calling thread (about 4 µs; handing them to another thread costs ten times that). All writes go
 //! through one thread that puts everything waiting into one transaction.
 
+mod deletion;
 mod detached;
 pub mod snapshots;
 mod sqlite;
@@ -29,6 +30,7 @@ use crate::{
     artifact::{Digest, Version},
     error::Error,
 };
+pub use deletion::{Deleted, Editor, Removed};
 pub use detached::{CopyError, Detached, RecordedBlob};
 use writer::Writer;
 
@@ -121,6 +123,25 @@ pub enum OpenError {
          `artifact-cache restore DIR`"
     )]
     Newer {
+        /// `storage.database`.
+        path: PathBuf,
+        /// Its `user_version`.
+        found: i64,
+        /// The newest this program knows.
+        known: i64,
+    },
+    /// A command needs one that is there.
+    #[error("there is no database {path}: is storage.database the right one?")]
+    Absent {
+        /// `storage.database`.
+        path: PathBuf,
+    },
+    /// A command can't work on what an earlier version left.
+    #[error(
+        "the database {path} has schema {found}, this program wants {known}: start the service once, which brings it \
+         up to date"
+    )]
+    Older {
         /// `storage.database`.
         path: PathBuf,
         /// Its `user_version`.
@@ -246,7 +267,7 @@ impl Catalog {
         self.told(sqlite::find(&self.reader(), source_url))
     }
 
-    /// Whether a blob with this digest was ever recorded.
+    /// Whether a file with this digest may be in the store: it was recorded, and not swept since.
     pub fn knows_blob(&self, digest: Digest) -> Result<bool, Error> {
         self.told(sqlite::knows_blob(&self.reader(), digest))
     }
@@ -258,8 +279,31 @@ impl Catalog {
 
     /// Records a published content as its URL's current one, in one transaction, and returns its row when that is
     /// durable.
-    pub async fn record(&self, record: Record) -> Result<Recorded, Error> {
-        self.writer.record(record).await
+    ///
+    /// `claim` is dropped when it is durable or has failed, even if nobody waits any more: until then the content's
+    /// file must be kept from the sweep, which can't know yet that it is wanted.
+    pub async fn record(&self, record: Record, claim: impl Send + 'static) -> Result<Recorded, Error> {
+        self.writer.record(record, Box::new(claim)).await
+    }
+
+    /// Blobs recorded as deleted whose files may still be there, the longest deleted first, `limit` at most.
+    pub fn unswept(&self, limit: usize) -> Result<Vec<Deleted>, Error> {
+        self.told(deletion::unswept(&self.reader(), limit))
+    }
+
+    /// Whether nothing wants this blob now: it is still deleted, by that same deletion.
+    ///
+    /// Never while the database can't be written: a record that has failed so may yet be found when it is opened again.
+    pub fn is_deleted(&self, blob: &Deleted) -> Result<bool, Error> {
+        if self.is_read_only() {
+            return Ok(false);
+        }
+        self.told(deletion::is_deleted(&self.reader(), blob))
+    }
+
+    /// Notes that the files of deleted blobs are gone for good. One that was published again meanwhile is left alone.
+    pub async fn mark_swept(&self, blobs: Vec<Deleted>) -> Result<(), Error> {
+        self.writer.mark_swept(blobs).await
     }
 
     /// Notes that a blob was found gone or damaged, so that the sums no longer count it. Never waits.

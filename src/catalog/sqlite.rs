@@ -17,10 +17,11 @@ use crate::{
 /// How long a statement waits for another process's lock before it fails.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Numbered scripts; the database's `user_version` says how many it has seen.
-const MIGRATIONS: [&str; 3] = [
+const MIGRATIONS: [&str; 4] = [
     include_str!("../../migrations/sqlite/0001_initial.sql"),
     include_str!("../../migrations/sqlite/0002_jobs.sql"),
     include_str!("../../migrations/sqlite/0003_identity.sql"),
+    include_str!("../../migrations/sqlite/0004_collect.sql"),
 ];
 
 /// Takes the lock that keeps a second process away from this database.
@@ -120,6 +121,19 @@ pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
     let db = Connection::open_with_flags(path, flags)?;
     set_up(&db)?;
     Ok(db)
+}
+
+/// Opens a connection for a command that changes what is there, beside a service that may be running.
+pub(super) fn open_beside(path: &Path) -> Result<Connection, OpenError> {
+    if !path.exists() {
+        return Err(OpenError::Absent { path: path.to_owned() });
+    }
+    let db = open_existing(path).map_err(|cause| refused(path, cause))?;
+    check_schema(&db, path)?;
+    match (schema_version(&db, path)?, MIGRATIONS.len() as i64) {
+        (found, known) if found < known => Err(OpenError::Older { path: path.to_owned(), found, known }),
+        _ => Ok(db),
+    }
 }
 
 /// Writes the whole database to a new file, in the state of one moment.
@@ -292,7 +306,8 @@ pub(super) fn record(tx: &Transaction<'_>, record: &Record) -> rusqlite::Result<
     tx.prepare_cached(
         "INSERT INTO blobs (content_hash, file_size, verified_at) VALUES (?1, ?2, CURRENT_TIMESTAMP)
          ON CONFLICT (content_hash) DO UPDATE SET file_size = excluded.file_size, state = 'present',
-             published_at = CURRENT_TIMESTAMP, verified_at = CURRENT_TIMESTAMP, deleted_at = NULL",
+             published_at = CURRENT_TIMESTAMP, verified_at = CURRENT_TIMESTAMP, deleted_at = NULL,
+             swept_at = NULL",
     )?
     .execute(params![hash, size])?;
     tx.prepare_cached(
@@ -324,8 +339,10 @@ pub(super) fn record(tx: &Transaction<'_>, record: &Record) -> rusqlite::Result<
     Ok(Recorded { artifact, is_new_blob })
 }
 
+/// One that was swept is known no more: should its file be there, a crash has left it half published.
 pub(super) fn knows_blob(db: &Connection, digest: Digest) -> rusqlite::Result<bool> {
-    db.prepare_cached("SELECT 1 FROM blobs WHERE content_hash = ?1")?.exists([hash_text(digest)])
+    db.prepare_cached("SELECT 1 FROM blobs WHERE content_hash = ?1 AND swept_at IS NULL")?
+        .exists([hash_text(digest)])
 }
 
 /// Adds what was counted in memory since the last time.

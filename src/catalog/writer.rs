@@ -16,8 +16,8 @@ use std::{
 use rusqlite::{Connection, ffi};
 use tokio::sync::oneshot;
 
-use super::{Record, Recorded, Status, sqlite};
-use crate::{artifact::Digest, error::Error};
+use super::{Deleted, Record, Recorded, Status, deletion, sqlite};
+use crate::{artifact::Digest, error::Error, kill_point};
 
 /// How late an access count may be written, and how soon another process's change is seen.
 const TICK: Duration = Duration::from_millis(500);
@@ -26,9 +26,13 @@ const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// Records put into one transaction; more only make the first wait longer.
 const BATCH: usize = 256;
 
+/// What is dropped when a record is durable or has failed.
+type Claim = Box<dyn Send>;
+
 enum Command {
-    Record(Box<Record>, oneshot::Sender<Result<Recorded, Error>>),
+    Record(Box<Record>, Claim, oneshot::Sender<Result<Recorded, Error>>),
     MarkLost(Digest),
+    MarkSwept(Vec<Deleted>, oneshot::Sender<Result<(), Error>>),
     Checkpoint(oneshot::Sender<()>),
 }
 
@@ -57,9 +61,15 @@ impl Writer {
         Ok(Writer { commands: Some(commands), accesses, thread: Some(thread) })
     }
 
-    pub(super) async fn record(&self, record: Record) -> Result<Recorded, Error> {
+    pub(super) async fn record(&self, record: Record, claim: Claim) -> Result<Recorded, Error> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Record(Box::new(record), reply));
+        self.send(Command::Record(Box::new(record), claim, reply));
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    pub(super) async fn mark_swept(&self, blobs: Vec<Deleted>) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::MarkSwept(blobs, reply));
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -140,7 +150,7 @@ impl Work {
         let mut checkpoints = Vec::new();
         for command in std::iter::once(first).chain(waiting.try_iter()).take(BATCH) {
             match command {
-                Command::Record(record, reply) => records.push((record, reply)),
+                Command::Record(record, claim, reply) => records.push((record, claim, reply)),
                 Command::MarkLost(digest) => {
                     let marked = self.settle().and_then(|()| sqlite::mark_lost(&self.db, digest));
                     if let Err(cause) = marked {
@@ -149,17 +159,21 @@ impl Work {
                         tracing::warn!(error = %cause, "a lost blob could not be noted");
                     }
                 }
+                Command::MarkSwept(blobs, reply) => {
+                    // Whoever asked may have been stopped meanwhile.
+                    let _ = reply.send(self.mark_swept(&blobs));
+                }
                 Command::Checkpoint(reply) => checkpoints.push(reply),
             }
         }
         if !records.is_empty() {
-            let outcome = self.record(records.iter().map(|(record, _)| &**record));
+            let outcome = self.record(records.iter().map(|(record, ..)| &**record));
             self.note(outcome.as_ref().err());
             let mut outcome = outcome.map(Vec::into_iter).map_err(|cause| {
                 tracing::error!(error = %cause, records = records.len(), "catalogue write failed");
                 sqlite::error("Failed to write to the catalogue", &cause)
             });
-            for (_, reply) in records {
+            for (_, _claim, reply) in records {
                 let answer = match &mut outcome {
                     Ok(recorded) => recorded.next().ok_or_else(stopped),
                     Err(error) => Err(error.clone()),
@@ -183,6 +197,13 @@ impl Work {
         let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
         tx.commit()?;
         Ok(recorded)
+    }
+
+    fn mark_swept(&mut self, blobs: &[Deleted]) -> Result<(), Error> {
+        let marked = self.settle().and_then(|()| deletion::mark_swept(&mut self.db, blobs));
+        self.note(marked.as_ref().err());
+        kill_point::pass("sweep.marked");
+        marked.map_err(|cause| sqlite::error("Failed to write to the catalogue", &cause))
     }
 
     fn tick(&mut self) {

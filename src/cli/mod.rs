@@ -1,6 +1,7 @@
 //! The command line, and the only place where the parts are put together.
 
 mod backup;
+mod delete;
 mod restore;
 mod serve;
 
@@ -52,6 +53,9 @@ enum Verb {
     /// Put back a backup, or a daily snapshot of the database
     #[command(after_help = restore::AFTER_HELP)]
     Restore(restore::RestoreArgs),
+    /// Delete artifacts from the cache, or files that the database does not know
+    #[command(after_help = delete::AFTER_HELP)]
+    Delete(delete::DeleteArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -82,6 +86,7 @@ pub fn run() -> ExitCode {
         None | Some(Verb::Serve) => serve::serve(&config),
         Some(Verb::Backup(args)) => load(&config).and_then(|config| backup::backup(&config, &args)),
         Some(Verb::Restore(args)) => load(&config).and_then(|config| restore::restore(&config, &args)),
+        Some(Verb::Delete(args)) => load(&config).and_then(|config| delete::delete(&config, &args)),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));

@@ -148,6 +148,8 @@ pub(super) static KEYS: &[Key] = &[
     list("fetch", "ignore_query", "parameter patterns, such as [X-Amz-*, \"sv if sig\"]",
         |c, v| put(&mut c.fetch.ignore_query, QueryGlobs::new(v))),
 
+    one("jobs", "delete_grace_seconds", SECONDS,
+        |c, v| put(&mut c.jobs.delete_grace, value::seconds(v))),
     one("jobs", "snapshots_kept", "a whole number from 0 to 1000, such as 7, or 0 for none",
         |c, v| put(&mut c.jobs.snapshots_kept, value::whole(v, 0..=1_000))),
 ];

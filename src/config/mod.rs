@@ -149,6 +149,8 @@ pub struct Fetch {
 /// Section `jobs`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Jobs {
+    /// How long the file of a deleted artifact stays.
+    pub delete_grace: Duration,
     /// Daily snapshots of the database that are kept; 0 for none.
     pub snapshots_kept: usize,
 }
@@ -215,7 +217,7 @@ impl Default for Config {
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
             },
-            jobs: Jobs { snapshots_kept: 7 },
+            jobs: Jobs { delete_grace: Duration::from_secs(3600), snapshots_kept: 7 },
             metrics_port_given: false,
         }
     }
@@ -267,7 +269,23 @@ impl Config {
         file: Option<&Path>,
         env: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Config, ConfigError> {
-        let mut settings = file.map(source::file).transpose()?.unwrap_or_default();
+        let settings = file.map(source::file).transpose()?.unwrap_or_default();
+        Config::build(settings, env)
+    }
+
+    /// As [`Config::load`], from a text instead of a file; messages call it `name`.
+    pub fn parse(
+        name: &str,
+        text: &str,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Config, ConfigError> {
+        Config::build(source::yaml(name.to_owned(), text)?, env)
+    }
+
+    fn build(
+        mut settings: Vec<Setting>,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Config, ConfigError> {
         settings.extend(source::environment(env)?);
         let mut config = Config::default();
         for setting in &settings {

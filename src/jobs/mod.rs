@@ -3,6 +3,7 @@
 //! A job is a function that does its work once; what calls it decides when.
 
 mod census;
+mod collect;
 mod snapshot;
 
 use std::{sync::Arc, time::Duration};
@@ -10,6 +11,7 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use crate::{cache::Cache, config::Jobs};
+use collect::Collect;
 
 const CENSUS_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// How often is looked whether a snapshot is due.
@@ -23,7 +25,21 @@ pub async fn run(cache: Arc<Cache>, config: Jobs, stop: CancellationToken) {
         take_census(&cache, &stop),
         take_snapshots(&cache, config.snapshots_kept, &stop),
         expire_partials(&cache, &stop),
+        collect(&cache, config.delete_grace, &stop),
     );
+}
+
+/// What was deleted leaves the disk.
+async fn collect(cache: &Arc<Cache>, grace: Duration, stop: &CancellationToken) {
+    let mut collect = Collect::new(grace);
+    loop {
+        if let Err(error) = collect.run_once(cache, stop).await {
+            tracing::warn!(error = %error, "sweep failed, will be tried again");
+        }
+        if stops_within(collect.period(), stop).await {
+            return;
+        }
+    }
 }
 
 /// Partial downloads go when their time is up.

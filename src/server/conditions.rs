@@ -12,16 +12,16 @@ const MAX_RANGES: usize = 16;
 
 /// What is known of an artifact when a request about it is judged.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Validators<'a> {
+pub(crate) struct Validators<'a> {
     /// With its quotes; strong.
-    pub(super) etag: Option<&'a str>,
-    pub(super) last_modified: Option<SystemTime>,
-    pub(super) size: Option<u64>,
+    pub(crate) etag: Option<&'a str>,
+    pub(crate) last_modified: Option<SystemTime>,
+    pub(crate) size: Option<u64>,
 }
 
 /// What a request gets.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(crate) enum Verdict {
     /// The whole.
     Whole,
     /// These ranges, at least one, none overlapping, each inside the artifact.
@@ -42,7 +42,7 @@ pub(super) fn need_digest(headers: &HeaderMap) -> bool {
 }
 
 /// Evaluates in the order of RFC 9110, section 13.2.2.
-pub(super) fn judge(method: &Method, headers: &HeaderMap, known: Validators<'_>) -> Verdict {
+pub(crate) fn judge(method: &Method, headers: &HeaderMap, known: Validators<'_>) -> Verdict {
     if headers.contains_key(header::IF_MATCH) {
         if !etag_matches(headers, header::IF_MATCH, known.etag, Strength::Strong) {
             return Verdict::PreconditionFailed;

@@ -4,13 +4,13 @@
 
 mod answer;
 mod body;
-mod conditions;
+pub(crate) mod conditions;
 mod connection;
 mod error;
 mod exchange;
 mod fetch;
 mod framing;
-mod params;
+pub(crate) mod params;
 mod sendfile;
 mod system;
 

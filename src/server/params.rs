@@ -45,7 +45,8 @@ impl Targets {
     }
 }
 
-fn target(uri: &Uri, ignore: &QueryGlobs) -> Result<(SourceUrl, Option<Digest>), Error> {
+/// The URL and the expected digest that a request's target names.
+pub(crate) fn target(uri: &Uri, ignore: &QueryGlobs) -> Result<(SourceUrl, Option<Digest>), Error> {
     match uri.path().strip_prefix("/fetch/") {
         Some(rest) if !rest.is_empty() => path_form(rest, uri.query(), ignore),
         _ => query_form(uri.query().unwrap_or_default(), ignore),

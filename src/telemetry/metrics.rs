@@ -111,6 +111,10 @@ pub struct Metrics {
     pub blobs_corrupt: Counter,
     /// Requests that panicked.
     pub panics: Counter,
+    /// Deletions that were carried out on disk.
+    pub swept_blobs: Counter,
+    /// Bytes that they freed.
+    pub swept_bytes: Counter,
     items: Gauge,
     size_bytes: Gauge,
     free_bytes: Gauge,
@@ -168,6 +172,8 @@ impl Metrics {
             checksum_mismatches: counter(r, "checksum_mismatches", "Requests whose sha256 did not match"),
             blobs_corrupt: counter(r, "blobs_corrupt", "Stored files found missing or damaged"),
             panics: counter(r, "panics", "Requests that ended in a panic"),
+            swept_blobs: counter(r, "swept_blobs", "Deleted files removed from the disk"),
+            swept_bytes: counter(r, "swept_bytes", "Bytes of deleted files removed from the disk"),
             items: gauge(r, "items_total", "Artifacts known"),
             size_bytes: gauge(r, "size_bytes", "Bytes stored on disk after deduplication"),
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),

@@ -77,7 +77,8 @@ impl Body {
 }
 
 impl Head {
-    fn read(url: &SourceUrl, headers: &HeaderMap, length: Option<u64>) -> Head {
+    /// Takes of these header fields what may be kept.
+    pub(crate) fn read(url: &SourceUrl, headers: &HeaderMap, length: Option<u64>) -> Head {
         let text = |name| headers.get(name).and_then(|value: &http::HeaderValue| value.to_str().ok());
         let etag = text(header::ETAG).filter(|etag| {
             let opaque = etag.strip_prefix("W/").unwrap_or(etag);
@@ -166,7 +167,7 @@ fn check_framing(url: &SourceUrl, status: StatusCode, headers: &HeaderMap) -> Re
 }
 
 /// The total length, if the 206 begins where it should and is of the same content as before.
-fn continues(headers: &HeaderMap, resume: Resume<'_>) -> Option<u64> {
+pub(crate) fn continues(headers: &HeaderMap, resume: Resume<'_>) -> Option<u64> {
     let (first, last, total) = content_range(headers)?;
     let etag = headers.get(header::ETAG).map(|etag| etag.to_str().unwrap_or_default());
     let same_etag = match resume.head.strong_etag() {

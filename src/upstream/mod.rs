@@ -6,7 +6,7 @@
 //! - HTTP/1.1 on a connection of its own for each request: nothing is shared between downloads, so nothing of one can
 //!   disturb another, and a stale pooled connection is never the reason for a retry.
 
-mod answer;
+pub(crate) mod answer;
 mod dial;
 mod guard;
 

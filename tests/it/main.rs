@@ -32,4 +32,5 @@ mod shutdown;
 mod single_flight;
 mod storage;
 mod streaming;
+mod sweep;
 mod tls;
