@@ -9,6 +9,7 @@
 
 mod read;
 mod spool;
+mod verify;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -26,6 +27,7 @@ use tokio::sync::Semaphore;
 use crate::{artifact::Digest, config::Storage, error::Error};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
+pub use verify::{Checked, Loss, check};
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";
@@ -169,39 +171,46 @@ impl Blobs {
     /// # Errors
     /// When the file system itself fails; a blob that isn't there is an answer.
     pub fn open_blob(&self, digest: Digest, size: u64) -> Result<Held, Error> {
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        match OpenOptions::new().read(true).custom_flags(flags).open(self.path(digest)) {
-            Ok(file) => {
-                let found =
-                    file.metadata().map_err(|cause| Error::io("Failed to read cache storage", &cause))?;
-                Ok(match (found.is_file(), found.len() == size) {
-                    (true, true) => Held::Whole(file),
-                    (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
-                    (false, _) => Held::Damaged("is not a regular file".to_owned()),
-                })
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
-            Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
-                Ok(Held::Damaged("is a symbolic link".to_owned()))
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
-                Ok(Held::Damaged("has a file where its directory should be".to_owned()))
-            }
-            Err(cause) => Err(Error::io("Failed to read cache storage", &cause)),
-        }
+        held(&self.path(digest), size).map_err(|cause| Error::io("Failed to read cache storage", &cause))
     }
 
     /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Nothing is deleted.
     pub fn quarantine(&self, digest: Digest, size: u64) -> Result<(), Error> {
-        let _shard = self.shard(digest);
-        if !matches!(self.open_blob(digest, size)?, Held::Damaged(_)) {
-            return Ok(());
+        let mut shard = self.shard(digest);
+        match self.open_blob(digest, size)? {
+            Held::Damaged(_) => self
+                .clear_place(&mut shard, digest)
+                .map_err(|cause| Error::io("Failed to set damaged content aside", &cause)),
+            Held::Whole(_) | Held::Missing => Ok(()),
         }
+    }
+
+    /// Moves into the quarantine what lies where a blob should be, and what is no directory where one of its
+    /// directories should be.
+    fn clear_place(&self, shard: &mut Shard, digest: Digest) -> io::Result<()> {
+        let path = self.path(digest);
+        // The base is the operator's, and opening the store has shown that it is a directory.
+        let directories = [path.parent().and_then(Path::parent), path.parent()];
+        for directory in directories.into_iter().flatten() {
+            match fs::metadata(directory) {
+                Ok(found) if found.is_dir() => continue,
+                Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(cause),
+                Err(_) if !is_there(directory) => return Ok(()),
+                // A link to nowhere is there, and is not found.
+                Ok(_) | Err(_) => {}
+            }
+            tracing::warn!("something lies where a directory of the store should be, set aside");
+            *shard = Shard::default();
+            return self.move_aside(directory);
+        }
+        if is_there(&path) { self.move_aside(&path) } else { Ok(()) }
+    }
+
+    fn move_aside(&self, path: &Path) -> io::Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
-        let aside = self.base.join(QUARANTINE_DIR).join(format!("{digest}.{seconds}.{number}"));
-        fs::rename(self.path(digest), aside)
-            .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))
+        fs::rename(path, self.base.join(QUARANTINE_DIR).join(format!("{name}.{seconds}.{number}")))
     }
 
     /// Begins a growing file for a download of `announced` bytes, if that is known.
@@ -244,17 +253,19 @@ impl Blobs {
         let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
         let to = self.path(digest);
         let replaced = fs::symlink_metadata(&to).is_ok();
-        match written.file().rename_to(&to) {
-            // Its directory is new, or an operator removed it.
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
-                shard.durable_children[word] &= !bit;
-                if fs::create_dir(&inner).is_err() {
-                    *shard = Shard::default();
-                    fs::create_dir_all(&inner)?;
-                }
-                written.file().rename_to(&to)?;
+        if let Err(cause) = written.file().rename_to(&to) {
+            // Its directory is new, or an operator removed it; or something else lies there.
+            let kinds = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory, io::ErrorKind::IsADirectory];
+            if !kinds.contains(&cause.kind()) {
+                return Err(cause);
             }
-            done => done?,
+            self.clear_place(&mut shard, digest)?;
+            shard.durable_children[word] &= !bit;
+            if fs::create_dir(&inner).is_err() {
+                *shard = Shard::default();
+                fs::create_dir_all(&inner)?;
+            }
+            written.file().rename_to(&to)?;
         }
         // From the inside out: the first sync commits what the others are about on most file systems, which makes
         // them cheap.
@@ -272,20 +283,7 @@ impl Blobs {
 
     /// The digests of all blobs that begin with this byte, in no order. Whatever else lies there is left out.
     pub fn list(&self, first: u8) -> io::Result<Vec<Digest>> {
-        let mut found = Vec::new();
-        let outer = match fs::read_dir(self.base.join(format!("{first:02x}"))) {
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
-            outer => outer?,
-        };
-        for inner in outer {
-            let inner = inner?;
-            if inner.file_type()?.is_dir() {
-                for blob in fs::read_dir(inner.path())? {
-                    found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
-                }
-            }
-        }
-        Ok(found)
+        list(&self.base, first)
     }
 
     /// Bytes that an ordinary user can still write on the storage's file system.
@@ -314,18 +312,75 @@ impl Blobs {
     }
 
     fn path(&self, digest: Digest) -> PathBuf {
-        let hex = digest.to_string();
-        let mut path = PathBuf::with_capacity(self.base.as_os_str().len() + 72);
-        path.push(&self.base);
-        path.push(&hex[0..2]);
-        path.push(&hex[2..4]);
-        path.push(&hex);
-        path
+        place(&self.base, digest)
     }
 
     fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Where a blob is, or would be, in a store at `base`.
+fn place(base: &Path, digest: Digest) -> PathBuf {
+    let hex = digest.to_string();
+    let mut path = PathBuf::with_capacity(base.as_os_str().len() + 72);
+    path.push(base);
+    path.push(&hex[0..2]);
+    path.push(&hex[2..4]);
+    path.push(&hex);
+    path
+}
+
+/// What is found at a blob's place.
+fn held(path: &Path, size: u64) -> io::Result<Held> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => {
+            let found = file.metadata()?;
+            Ok(match (found.is_file(), found.len() == size) {
+                (true, true) => Held::Whole(file),
+                (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
+                (false, _) => Held::Damaged("is not a regular file".to_owned()),
+            })
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
+        Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
+            Ok(Held::Damaged("is a symbolic link".to_owned()))
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
+            Ok(Held::Damaged("has a file where its directory should be".to_owned()))
+        }
+        // A socket.
+        Err(cause) if cause.raw_os_error() == Some(libc::ENXIO) => {
+            Ok(Held::Damaged("is not a regular file".to_owned()))
+        }
+        Err(cause) => Err(cause),
+    }
+}
+
+/// The digests of all blobs at `base` that begin with this byte, in no order. Whatever else lies there is left out.
+pub fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
+    let mut found = Vec::new();
+    let outer = match fs::read_dir(base.join(format!("{first:02x}"))) {
+        Err(cause) if matches!(cause.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(found);
+        }
+        outer => outer?,
+    };
+    for inner in outer {
+        let inner = inner?;
+        if inner.file_type()?.is_dir() {
+            for blob in fs::read_dir(inner.path())? {
+                found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Anything at all lies there, be it a link to nowhere.
+fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

@@ -12,6 +12,8 @@ mod body;
 mod download;
 mod front;
 mod inflight;
+mod scrub;
+mod verified;
 
 use std::{
     sync::Arc,
@@ -24,7 +26,7 @@ use tokio::time::{timeout, timeout_at};
 use crate::{
     artifact::{CacheStatus, Digest, Streaming, Version, Want, media},
     blobs::{Blobs, Held, SpoolFile},
-    catalog::{Artifact, Catalog, Totals},
+    catalog::{Artifact, Blob, Catalog, Totals},
     config::Config,
     error::Error,
     telemetry::{Metrics, metrics::Sample},
@@ -34,6 +36,8 @@ pub use body::{Body, Broken};
 use front::Front;
 pub use front::Stored;
 use inflight::{Flight, Inflight, Stage};
+pub use scrub::Scrubbed;
+use scrub::Suspects;
 
 /// Rejected digests that are remembered; old ones go first.
 const REMEMBERED_MISMATCHES: usize = 10_000;
@@ -49,6 +53,7 @@ pub struct Cache {
     inflight: Inflight,
     /// The digest that a URL had when a client expected another one, and when that was.
     mismatches: Bounded<(Arc<str>, Digest), (Digest, Instant)>,
+    suspects: Suspects,
     limits: Limits,
 }
 
@@ -63,6 +68,7 @@ struct Limits {
     stall: Duration,
     min_bytes_per_second: u64,
     max_retries: u32,
+    verify_on_read: bool,
 }
 
 /// An answer.
@@ -120,6 +126,7 @@ impl Cache {
             front: Front::new(),
             inflight: Inflight::new(config.upstream.max_downloads),
             mismatches: Bounded::new(REMEMBERED_MISMATCHES),
+            suspects: Suspects::default(),
             limits: Limits {
                 stream_after: config.fetch.stream_after,
                 tail_hold_bytes: config.fetch.tail_hold_bytes,
@@ -129,6 +136,7 @@ impl Cache {
                 stall: config.upstream.stall,
                 min_bytes_per_second: config.upstream.min_bytes_per_second,
                 max_retries: config.upstream.max_retries,
+                verify_on_read: config.storage.verify_on_read,
             },
         })
     }
@@ -168,7 +176,8 @@ impl Cache {
                 Found::Lost(version, problem) => (Some(version), problem),
                 _ => (None, String::new()),
             };
-            let is_lost = lost.is_some();
+            // Said and counted once, however often it is asked for until it is fetched again.
+            let is_news = lost.as_ref().is_some_and(|version| !self.is_known_missing(version.digest));
             let joined = self.inflight.join(want, lost);
             if joined.leads {
                 // Another flight may have landed between the look-up and the join.
@@ -176,7 +185,7 @@ impl Cache {
                     self.inflight.end(&joined.flight, stage);
                     continue;
                 }
-                if is_lost {
+                if is_news {
                     self.metrics.blobs_corrupt.inc();
                     tracing::warn!(
                         source_url = %want.url.masked(),
@@ -210,8 +219,15 @@ impl Cache {
         tokio::task::spawn_blocking(move || blobs.quarantine(version.digest, version.size)).await.map_err(
             |cause| Error::io("Failed to set damaged content aside", &std::io::Error::other(cause)),
         )??;
-        self.catalog.mark_lost(version.digest);
+        if let Err(error) = self.catalog.note_lost(version.digest).await {
+            // The sums count it on; the record of what replaces it will put them right.
+            tracing::warn!(error = %error, "a lost blob could not be noted");
+        }
         Ok(())
+    }
+
+    fn is_known_missing(&self, digest: Digest) -> bool {
+        matches!(self.catalog.find_blob(digest), Ok(Some(Blob { is_missing: true, .. })))
     }
 
     /// Asks the upstream what an artifact is that isn't held. Stores nothing; takes a place like a download.
@@ -244,6 +260,8 @@ impl Cache {
             items: totals.items,
             stored_bytes: totals.stored_bytes,
             free_bytes: self.blobs.free_bytes().unwrap_or(0),
+            missing_blobs: self.catalog.count_missing().unwrap_or(0),
+            oldest_verified: self.catalog.oldest_verified().unwrap_or_default(),
         }
     }
 

@@ -9,6 +9,7 @@
 //! Reads run on the calling thread (about 4 µs; handing them to another thread costs ten times that). All writes go
 //! through one thread that puts everything waiting into one transaction.
 
+mod integrity;
 mod sqlite;
 mod writer;
 
@@ -19,6 +20,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use rusqlite::Connection;
@@ -27,6 +29,8 @@ use crate::{
     artifact::{Digest, Version},
     error::Error,
 };
+use integrity::Finding;
+pub use integrity::{Blob, Inspection};
 use writer::Writer;
 
 /// One content of one URL, published and durable, to be recorded.
@@ -96,6 +100,25 @@ pub enum OpenError {
          run that one, or restore an older backup"
     )]
     Newer {
+        /// `storage.database`.
+        path: PathBuf,
+        /// Its `user_version`.
+        found: i64,
+        /// The newest this program knows.
+        known: i64,
+    },
+    /// A command needs one that is there.
+    #[error("there is no database {path}: is storage.database the right one?")]
+    Absent {
+        /// `storage.database`.
+        path: PathBuf,
+    },
+    /// A command can't work on what an earlier version left.
+    #[error(
+        "the database {path} has schema {found}, this program wants {known}: start the service once, which brings it \
+         up to date"
+    )]
+    Older {
         /// `storage.database`.
         path: PathBuf,
         /// Its `user_version`.
@@ -177,9 +200,45 @@ impl Catalog {
         self.writer.record(record).await
     }
 
-    /// Notes that a blob was found gone or damaged, so that the sums no longer count it. Never waits.
-    pub fn mark_lost(&self, digest: Digest) {
-        self.writer.mark_lost(digest);
+    /// Notes that a blob was found gone or damaged, so that the sums no longer count it and it is looked for again.
+    pub async fn note_lost(&self, digest: Digest) -> Result<(), Error> {
+        self.writer.note(vec![digest], Finding::Lost).await
+    }
+
+    /// Notes that a blob that was known to be missing was read just now and is what its name says.
+    pub async fn note_found(&self, digest: Digest) -> Result<(), Error> {
+        self.writer.note(vec![digest], Finding::Found).await
+    }
+
+    /// Notes that these blobs were read just now and are what their names say.
+    pub async fn note_whole(&self, blobs: Vec<Digest>) -> Result<(), Error> {
+        self.writer.note(blobs, Finding::Whole).await
+    }
+
+    /// The blobs to be read next, `limit` at most: what was asked for, what is missing for another day, then what was
+    /// verified longer than `period` ago, the longest first. With no period only what was asked for.
+    pub fn due_blobs(&self, period: Option<Duration>, limit: usize) -> Result<Vec<Blob>, Error> {
+        integrity::due(&self.reader(), period, limit).map_err(|cause| integrity::read_failed(&cause))
+    }
+
+    /// A blob's row, unless it was deleted or never recorded.
+    pub fn find_blob(&self, digest: Digest) -> Result<Option<Blob>, Error> {
+        integrity::find(&self.reader(), digest).map_err(|cause| integrity::read_failed(&cause))
+    }
+
+    /// The URLs whose current content this is.
+    pub fn urls_of(&self, digest: Digest) -> Result<Vec<String>, Error> {
+        integrity::urls(&self.reader(), digest).map_err(|cause| integrity::read_failed(&cause))
+    }
+
+    /// When the blob that was verified longest ago was, in seconds of Unix time; `None` when there is no blob.
+    pub fn oldest_verified(&self) -> Result<Option<i64>, Error> {
+        integrity::oldest_verified(&self.reader()).map_err(|cause| integrity::read_failed(&cause))
+    }
+
+    /// How many blobs are known to be missing that some URL should have.
+    pub fn count_missing(&self) -> Result<u64, Error> {
+        integrity::count_missing(&self.reader()).map_err(|cause| integrity::read_failed(&cause))
     }
 
     /// Counts one body served of the artifact with this row. Written within a second; never waits.
@@ -190,6 +249,11 @@ impl Catalog {
     /// Changes whenever another process has changed the database: what is remembered of it must then be forgotten.
     pub fn generation(&self) -> u64 {
         self.status.generation.load(Ordering::Acquire)
+    }
+
+    /// Makes everybody forget what they remember, as if another process had changed the database.
+    pub fn forget_remembered(&self) {
+        self.status.generation.fetch_add(1, Ordering::Release);
     }
 
     /// The last write failed because the database can't be written at all (read-only, full, failing).

@@ -17,9 +17,10 @@ use crate::{
 /// How long a statement waits for another process's lock before it fails.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Numbered scripts; the database's `user_version` says how many it has seen.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     include_str!("../../migrations/sqlite/0001_initial.sql"),
     include_str!("../../migrations/sqlite/0002_jobs.sql"),
+    include_str!("../../migrations/sqlite/0003_missing.sql"),
 ];
 
 /// Takes the lock that keeps a second process away from this database.
@@ -60,11 +61,7 @@ pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
     )
     .map_err(sqlite)?;
     set_up(&db).map_err(sqlite)?;
-    let found: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(sqlite)?;
-    let known = MIGRATIONS.len() as i64;
-    if found > known {
-        return Err(OpenError::Newer { path: path.to_owned(), found, known });
-    }
+    let (found, _) = schema(&db, path)?;
     db.pragma_update(None, "journal_mode", "WAL").map_err(sqlite)?;
     for (number, script) in (1i64..).zip(MIGRATIONS).skip(found.max(0) as usize) {
         let step = db.transaction().map_err(sqlite)?;
@@ -73,6 +70,33 @@ pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
         step.commit().map_err(sqlite)?;
     }
     Ok(db)
+}
+
+/// Opens a connection for a command that changes what is there, beside a service that may be running.
+pub(super) fn open_beside(path: &Path) -> Result<Connection, OpenError> {
+    if !path.exists() {
+        return Err(OpenError::Absent { path: path.to_owned() });
+    }
+    let sqlite = |cause| OpenError::Sqlite { path: path.to_owned(), cause };
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = Connection::open_with_flags(path, flags).map_err(sqlite)?;
+    set_up(&db).map_err(sqlite)?;
+    match schema(&db, path)? {
+        (found, known) if found < known => Err(OpenError::Older { path: path.to_owned(), found, known }),
+        _ => Ok(db),
+    }
+}
+
+/// The schema that the database has and the one that this program knows; never a newer one.
+fn schema(db: &Connection, path: &Path) -> Result<(i64, i64), OpenError> {
+    let found = db
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(|cause| OpenError::Sqlite { path: path.to_owned(), cause })?;
+    let known = MIGRATIONS.len() as i64;
+    if found > known {
+        return Err(OpenError::Newer { path: path.to_owned(), found, known });
+    }
+    Ok((found, known))
 }
 
 /// Opens a connection that only reads.
@@ -215,13 +239,6 @@ pub(super) fn checkpoint(db: &Connection) -> rusqlite::Result<bool> {
     let done = db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0));
     db.busy_timeout(BUSY_TIMEOUT)?;
     done.map(|busy| busy == 0)
-}
-
-/// Notes that a blob is not where it should be.
-pub(super) fn mark_lost(db: &Connection, digest: Digest) -> rusqlite::Result<()> {
-    db.prepare_cached("UPDATE blobs SET state = 'missing' WHERE content_hash = ?1 AND state = 'present'")?
-        .execute([hash_text(digest)])
-        .map(drop)
 }
 
 /// Means that no write can succeed until an operator has done something.

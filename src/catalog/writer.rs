@@ -16,7 +16,11 @@ use std::{
 use rusqlite::Connection;
 use tokio::sync::oneshot;
 
-use super::{Record, Recorded, Status, sqlite};
+use super::{
+    Record, Recorded, Status,
+    integrity::{self, Finding},
+    sqlite,
+};
 use crate::{artifact::Digest, error::Error};
 
 /// How late an access count may be written, and how soon another process's change is seen.
@@ -26,7 +30,7 @@ const BATCH: usize = 256;
 
 enum Command {
     Record(Box<Record>, oneshot::Sender<Result<Recorded, Error>>),
-    MarkLost(Digest),
+    Note(Vec<Digest>, Finding, oneshot::Sender<Result<(), Error>>),
     Checkpoint(oneshot::Sender<()>),
 }
 
@@ -53,8 +57,10 @@ impl Writer {
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
-    pub(super) fn mark_lost(&self, digest: Digest) {
-        self.send(Command::MarkLost(digest));
+    pub(super) async fn note(&self, blobs: Vec<Digest>, finding: Finding) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Note(blobs, finding, reply));
+        answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     pub(super) fn count_access(&self, id: i64) {
@@ -127,11 +133,11 @@ impl Work {
         for command in std::iter::once(first).chain(waiting.try_iter()).take(BATCH) {
             match command {
                 Command::Record(record, reply) => records.push((record, reply)),
-                Command::MarkLost(digest) => {
-                    if let Err(cause) = sqlite::mark_lost(&self.db, digest) {
-                        // The sums count it on; the record of what replaces it will put them right.
-                        tracing::warn!(error = %cause, "a lost blob could not be noted");
-                    }
+                Command::Note(blobs, finding, reply) => {
+                    let noted = integrity::note(&mut self.db, &blobs, finding);
+                    self.note(noted.as_ref().err());
+                    // Whoever asked may have given up waiting.
+                    let _ = reply.send(noted.map_err(|cause| integrity::write_failed(&cause)));
                 }
                 Command::Checkpoint(reply) => checkpoints.push(reply),
             }

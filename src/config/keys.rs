@@ -92,6 +92,8 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.storage.max_artifact_bytes, value::some_size(v))),
     one("storage", "min_free_bytes", SIZE,
         |c, v| put(&mut c.storage.min_free_bytes, value::size(v))),
+    one("storage", "verify_on_read", "true or false",
+        |c, v| put(&mut c.storage.verify_on_read, value::word(v, &[("true", true), ("false", false)]))),
 
     one("logging", "level", "error, warn, info, debug or trace", |c, v| {
         let levels = [("error", Level::ERROR), ("warn", Level::WARN), ("info", Level::INFO),
@@ -141,6 +143,11 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.fetch.mismatch_memory, value::seconds(v))),
     list("fetch", "ignore_query", "parameter patterns, such as [X-Amz-*, \"sv if sig\"]",
         |c, v| put(&mut c.fetch.ignore_query, QueryGlobs::new(v))),
+
+    one("jobs", "scrub_period_days", "days, such as 30 or 0.5, or 0 for never",
+        |c, v| put(&mut c.jobs.scrub_period, value::days(v))),
+    one("jobs", "scrub_max_bytes_per_second", SOME_SIZE,
+        |c, v| put(&mut c.jobs.scrub_max_bytes_per_second, value::some_size(v))),
 ];
 
 fn put<T, E>(place: &mut T, read: Result<T, E>) -> Result<(), E> {

@@ -33,6 +33,8 @@ pub struct Config {
     pub upstream: Upstream,
     /// How `/fetch` answers.
     pub fetch: Fetch,
+    /// What is done in the background.
+    pub jobs: Jobs,
     /// Whether the metrics port was asked for by name, so that failing to bind it is an error.
     pub metrics_port_given: bool,
 }
@@ -71,6 +73,8 @@ pub struct Storage {
     pub max_artifact_bytes: u64,
     /// Bytes of disk that downloads leave free.
     pub min_free_bytes: u64,
+    /// Whether whole artifacts are hashed while they are served.
+    pub verify_on_read: bool,
 }
 
 /// Section `logging`.
@@ -138,6 +142,15 @@ pub struct Fetch {
     pub ignore_query: QueryGlobs,
 }
 
+/// Section `jobs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Jobs {
+    /// How long a stored file may go unread before it is read again to see whether it is whole; `None` for ever.
+    pub scrub_period: Option<Duration>,
+    /// How fast that is done, in bytes a second; above 0.
+    pub scrub_max_bytes_per_second: u64,
+}
+
 /// How a streamed HTTP/1.1 body is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamFraming {
@@ -186,6 +199,7 @@ impl Default for Config {
                 database: "./data/metadata.db".into(),
                 max_artifact_bytes: 100 << 30,
                 min_free_bytes: 1 << 30,
+                verify_on_read: false,
             },
             logging: Logging { level: Level::INFO, format: LogFormat::Json },
             upstream: Upstream::default(),
@@ -196,6 +210,10 @@ impl Default for Config {
                 mismatch_memory: Duration::from_secs(600),
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
+            },
+            jobs: Jobs {
+                scrub_period: Some(Duration::from_secs(30 * 86_400)),
+                scrub_max_bytes_per_second: 20 << 20,
             },
             metrics_port_given: false,
         }
@@ -307,6 +325,11 @@ impl Config {
         }
         Ok(self)
     }
+}
+
+/// Reads a size as the configuration takes it, in bytes; the error continues the sentence that begins with the value.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    value::size(text)
 }
 
 /// A value fit for a message: without the password of a URL, on one line, and not endless.

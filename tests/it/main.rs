@@ -24,6 +24,7 @@ mod metrics;
 mod ranges;
 mod redirects;
 mod retries;
+mod rot;
 mod shutdown;
 mod single_flight;
 mod storage;
