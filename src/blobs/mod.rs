@@ -24,7 +24,7 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-use crate::{artifact::Digest, config::Storage, error::Error};
+use crate::{artifact::Digest, config::Storage, error::Error, kill_point};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
 pub use verify::{Checked, Loss, check};
@@ -251,6 +251,7 @@ impl Blobs {
         let outer = self.base.join(format!("{first:02x}"));
         let inner = outer.join(format!("{second:02x}"));
         let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
+        kill_point::pass_or_panic("publish.locked");
         let to = self.path(digest);
         let replaced = fs::symlink_metadata(&to).is_ok();
         if let Err(cause) = written.file().rename_to(&to) {

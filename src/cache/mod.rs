@@ -29,10 +29,12 @@ use crate::{
     catalog::{Artifact, Blob, Catalog, Totals},
     config::Config,
     error::Error,
+    kill_point,
     telemetry::{Metrics, metrics::Sample},
     upstream::{Head, Upstream},
 };
 pub use body::{Body, Broken};
+use download::Landing;
 use front::Front;
 pub use front::Stored;
 use inflight::{Flight, Inflight, Stage};
@@ -180,9 +182,11 @@ impl Cache {
             let is_news = lost.as_ref().is_some_and(|version| !self.is_known_missing(version.digest));
             let joined = self.inflight.join(want, lost);
             if joined.leads {
+                let landing = Landing::new(self, &joined.flight);
+                kill_point::pass_or_panic("flight.joined");
                 // Another flight may have landed between the look-up and the join.
                 if let Some(stage) = self.landed_meanwhile(want.url.key()) {
-                    self.inflight.end(&joined.flight, stage);
+                    landing.land(stage);
                     continue;
                 }
                 if is_news {
@@ -194,7 +198,7 @@ impl Cache {
                         "stored file lost, will be fetched again"
                     );
                 }
-                self.start(joined.flight.clone());
+                landing.take_off();
             } else if !std::mem::replace(&mut is_counted, true) {
                 self.metrics.collapsed_requests.inc();
             }

@@ -107,7 +107,8 @@ impl Cache {
             Checked::Lost(loss) => loss,
         };
         self.metrics.scrubbed_blobs.inc();
-        let is_wanted = || Ok(self.catalog.find_blob(digest)?.is_some());
+        let is_wanted =
+            || Ok(self.catalog.find_blob(digest)?.is_some() || !self.catalog.urls_of(digest)?.is_empty());
         Ok(match self.blobs.set_aside(digest, size, &loss, is_wanted)? {
             true => Judged::Lost(loss),
             false => Judged::Is(Scrubbed::Changed),

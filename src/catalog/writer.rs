@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::Ordering,
@@ -21,7 +22,7 @@ use super::{
     integrity::{self, Finding},
     sqlite,
 };
-use crate::{artifact::Digest, error::Error};
+use crate::{artifact::Digest, error::Error, kill_point};
 
 /// How late an access count may be written, and how soon another process's change is seen.
 const TICK: Duration = Duration::from_millis(500);
@@ -119,7 +120,9 @@ impl Work {
                 next_tick = Instant::now() + TICK;
             }
             match waiting.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
-                Ok(command) => self.execute(command, waiting),
+                // A panic fails what was asked for, whose reply is dropped, and nothing after it: SQLite takes back the
+                // transaction that it leaves.
+                Ok(command) => drop(catch_unwind(AssertUnwindSafe(|| self.execute(command, waiting)))),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.write_out(),
             }
@@ -169,6 +172,7 @@ impl Work {
 
     fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Recorded>> {
         let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        kill_point::pass_or_panic("record.begun");
         let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
         tx.commit()?;
         Ok(recorded)

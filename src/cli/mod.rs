@@ -1,6 +1,7 @@
 //! The command line, and the only place where the parts are put together.
 
 mod serve;
+mod verify;
 
 use std::{
     error::Error,
@@ -44,6 +45,9 @@ Examples:
 enum Verb {
     /// Run the service (also when no command is given)
     Serve,
+    /// Read the stored files again: is everything there, and is it what it was?
+    #[command(after_help = verify::HELP)]
+    Verify(verify::VerifyArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -72,6 +76,7 @@ pub fn run() -> ExitCode {
     let Cli { verb, config } = Cli::parse();
     let done = match verb {
         None | Some(Verb::Serve) => serve::serve(&config),
+        Some(Verb::Verify(args)) => verify::verify(&args, &config),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));
