@@ -179,6 +179,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::config::Config;
 
     fn store(size: usize) -> (tempfile::TempDir, Digest, std::path::PathBuf) {
         let dir = tempfile::tempdir().unwrap();
@@ -227,5 +228,36 @@ mod tests {
         let checked = check(dir.path(), digest, 5 * BLOCK_BYTES as u64, &mut twice).unwrap();
         assert!(matches!(checked, Checked::Stopped));
         assert_eq!(reads, 2);
+    }
+
+    #[test]
+    fn only_the_file_that_was_read_is_set_aside() {
+        let (dir, digest, path) = store(5000);
+        let storage =
+            crate::config::Storage { base_path: dir.path().to_owned(), ..Config::default().storage };
+        let blobs = Blobs::open(&storage).unwrap();
+        let good = fs::read(&path).unwrap();
+        let rot = || {
+            fs::write(&path, vec![7; 5000]).unwrap();
+            match blobs.check(digest, 5000, &mut |_| true).unwrap() {
+                Checked::Lost(loss) => loss,
+                other => panic!("{other:?}"),
+            }
+        };
+        // Published again while it was read.
+        let loss = rot();
+        let new = dir.path().join("new");
+        fs::write(&new, &good).unwrap();
+        fs::rename(&new, &path).unwrap();
+        assert!(!blobs.set_aside(digest, 5000, &loss, || Ok(true)).unwrap());
+        assert_eq!(fs::read(&path).unwrap(), good);
+        // Deleted while it was read.
+        let loss = rot();
+        assert!(!blobs.set_aside(digest, 5000, &loss, || Ok(false)).unwrap());
+        assert!(path.exists());
+        assert!(blobs.set_aside(digest, 5000, &loss, || Ok(true)).unwrap());
+        assert!(!path.exists());
+        // Nothing there is a loss as well.
+        assert!(blobs.set_aside(digest, 5000, &loss, || Ok(true)).unwrap());
     }
 }

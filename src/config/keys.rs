@@ -92,6 +92,12 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.storage.max_artifact_bytes, value::some_size(v))),
     one("storage", "min_free_bytes", SIZE,
         |c, v| put(&mut c.storage.min_free_bytes, value::size(v))),
+    one("storage", "checkpoint_bytes", SOME_SIZE,
+        |c, v| put(&mut c.storage.checkpoint_bytes, value::some_size(v))),
+    one("storage", "partial_keep_hours", "hours from 0 to 8760, such as 24, or 0 to keep nothing",
+        |c, v| put(&mut c.storage.partial_keep, value::hours(v))),
+    one("storage", "partial_max_bytes", SIZE,
+        |c, v| put(&mut c.storage.partial_max_bytes, value::size(v))),
     one("storage", "verify_on_read", "true or false",
         |c, v| put(&mut c.storage.verify_on_read, value::word(v, &[("true", true), ("false", false)]))),
 
@@ -144,6 +150,8 @@ pub(super) static KEYS: &[Key] = &[
     list("fetch", "ignore_query", "parameter patterns, such as [X-Amz-*, \"sv if sig\"]",
         |c, v| put(&mut c.fetch.ignore_query, QueryGlobs::new(v))),
 
+    one("jobs", "snapshots_kept", "a whole number from 0 to 1000, such as 7, or 0 for none",
+        |c, v| put(&mut c.jobs.snapshots_kept, value::whole(v, 0..=1_000))),
     one("jobs", "scrub_period_days", "days, such as 30 or 0.5, or 0 for never",
         |c, v| put(&mut c.jobs.scrub_period, value::days(v))),
     one("jobs", "scrub_max_bytes_per_second", SOME_SIZE,

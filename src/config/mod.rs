@@ -73,6 +73,12 @@ pub struct Storage {
     pub max_artifact_bytes: u64,
     /// Bytes of disk that downloads leave free.
     pub min_free_bytes: u64,
+    /// After so many bytes a download is made safe to be continued after a restart; above 0.
+    pub checkpoint_bytes: u64,
+    /// How long a download that broke off is kept to be continued; zero for not at all.
+    pub partial_keep: Duration,
+    /// Bytes of all downloads kept so, together; 0 for none.
+    pub partial_max_bytes: u64,
     /// Whether whole artifacts are hashed while they are served.
     pub verify_on_read: bool,
 }
@@ -145,6 +151,8 @@ pub struct Fetch {
 /// Section `jobs`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Jobs {
+    /// Daily snapshots of the database that are kept; 0 for none.
+    pub snapshots_kept: usize,
     /// How long a stored file may go unread before it is read again to see whether it is whole; `None` for ever.
     pub scrub_period: Option<Duration>,
     /// How fast that is done, in bytes a second; above 0.
@@ -199,6 +207,9 @@ impl Default for Config {
                 database: "./data/metadata.db".into(),
                 max_artifact_bytes: 100 << 30,
                 min_free_bytes: 1 << 30,
+                checkpoint_bytes: 64 << 20,
+                partial_keep: Duration::from_secs(24 * 3600),
+                partial_max_bytes: 20 << 30,
                 verify_on_read: false,
             },
             logging: Logging { level: Level::INFO, format: LogFormat::Json },
@@ -212,6 +223,7 @@ impl Default for Config {
                     .expect("the constant above, which a test compiles"),
             },
             jobs: Jobs {
+                snapshots_kept: 7,
                 scrub_period: Some(Duration::from_secs(30 * 86_400)),
                 scrub_max_bytes_per_second: 20 << 20,
             },

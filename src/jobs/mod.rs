@@ -4,6 +4,7 @@
 
 mod census;
 mod scrub;
+mod snapshot;
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,25 +18,55 @@ const SCRUB_EVERY: Duration = Duration::from_secs(1);
 /// How long the scrub leaves alone what fails as a whole.
 const SCRUB_PAUSE: Duration = Duration::from_secs(3600);
 
+/// How often is looked whether a snapshot is due.
+const SNAPSHOT_CHECK_EVERY: Duration = Duration::from_secs(600);
+/// Partial downloads are kept for hours; a few minutes more are nothing.
+const EXPIRY_EVERY: Duration = Duration::from_secs(600);
+
 /// Runs every job at its time until `stop` is cancelled.
 pub async fn run(cache: Arc<Cache>, config: Jobs, stop: CancellationToken) {
-    tokio::join!(run_census(&cache, &stop), run_scrub(&cache, &config, &stop));
+    tokio::join!(
+        take_census(&cache, &stop),
+        take_snapshots(&cache, config.snapshots_kept, &stop),
+        expire_partials(&cache, &stop),
+        scrub(&cache, &config, &stop),
+    );
 }
 
-async fn run_census(cache: &Arc<Cache>, stop: &CancellationToken) {
+/// Partial downloads go when their time is up.
+async fn expire_partials(cache: &Arc<Cache>, stop: &CancellationToken) {
+    while !stops_within(EXPIRY_EVERY, stop).await {
+        let cache = cache.clone();
+        let _ = tokio::task::spawn_blocking(move || cache.give_up_expired_partials()).await;
+    }
+}
+
+async fn take_census(cache: &Arc<Cache>, stop: &CancellationToken) {
     loop {
         if let Err(error) = census::run_once(cache, stop).await {
             tracing::warn!(error = %error, "census failed, will be tried again");
         }
-        if is_stopped_within(CENSUS_EVERY, stop).await {
+        if stops_within(CENSUS_EVERY, stop).await {
             return;
         }
     }
 }
 
-async fn run_scrub(cache: &Arc<Cache>, config: &Jobs, stop: &CancellationToken) {
+async fn take_snapshots(cache: &Arc<Cache>, kept: usize, stop: &CancellationToken) {
     loop {
-        let pause = match scrub::run_once(cache, config, stop).await {
+        if let Err(error) = snapshot::run_once(cache, kept).await {
+            tracing::warn!(error = %error, "no snapshot of the database, will be tried again");
+        }
+        if stops_within(SNAPSHOT_CHECK_EVERY, stop).await {
+            return;
+        }
+    }
+}
+
+async fn scrub(cache: &Arc<Cache>, config: &Jobs, stop: &CancellationToken) {
+    let mut lost_in_a_row = 0;
+    loop {
+        let pause = match scrub::run_once(cache, config, stop, &mut lost_in_a_row).await {
             Ok(scrub::Run::Done) => SCRUB_EVERY,
             Ok(scrub::Run::StoreIsIll) => SCRUB_PAUSE,
             Err(error) => {
@@ -43,16 +74,13 @@ async fn run_scrub(cache: &Arc<Cache>, config: &Jobs, stop: &CancellationToken) 
                 SCRUB_PAUSE
             }
         };
-        if is_stopped_within(pause, stop).await {
+        if stops_within(pause, stop).await {
             return;
         }
     }
 }
 
-/// Waits until a job's next time, and says whether there is none.
-async fn is_stopped_within(pause: Duration, stop: &CancellationToken) -> bool {
-    tokio::select! {
-        () = tokio::time::sleep(pause) => false,
-        () = stop.cancelled() => true,
-    }
+/// Waits; true if the order to stop came meanwhile.
+async fn stops_within(time: Duration, stop: &CancellationToken) -> bool {
+    tokio::time::timeout(time, stop.cancelled()).await.is_ok()
 }

@@ -40,14 +40,15 @@ pub(super) enum Run {
     StoreIsIll,
 }
 
-/// Reads every blob that is due.
+/// Reads every blob that is due. `lost_in_a_row` goes from run to run: as long as nothing is whole again, each run that
+/// follows a pause ends with the next loss.
 pub(super) async fn run_once(
     cache: &Arc<Cache>,
     config: &Jobs,
     stop: &CancellationToken,
+    lost_in_a_row: &mut usize,
 ) -> Result<Run, Error> {
     let pace = Arc::new(Pace::new(config.scrub_max_bytes_per_second, stop.clone()));
-    let mut lost_in_a_row = 0;
     loop {
         let (reading, period) = (cache.clone(), config.scrub_period);
         let due = tokio::task::spawn_blocking(move || reading.due_blobs(period, BATCH)).await;
@@ -64,15 +65,15 @@ pub(super) async fn run_once(
                 }
                 Scrubbed::Whole => {
                     whole.push(blob.digest).await?;
-                    lost_in_a_row = 0;
+                    *lost_in_a_row = 0;
                 }
-                Scrubbed::Healed | Scrubbed::Lost if !blob.is_missing => lost_in_a_row += 1,
+                Scrubbed::Healed | Scrubbed::Lost if !blob.is_missing => *lost_in_a_row += 1,
                 Scrubbed::Healed | Scrubbed::Lost | Scrubbed::Changed => {}
             }
-            if lost_in_a_row >= SUSPICIOUS {
+            if *lost_in_a_row >= SUSPICIOUS {
                 whole.note().await?;
                 tracing::error!(
-                    lost_in_a_row,
+                    lost_in_a_row = *lost_in_a_row,
                     "so many stored files are lost that the scrub pauses; is the disk of storage.base_path all there?"
                 );
                 return Ok(Run::StoreIsIll);

@@ -72,6 +72,8 @@ pub struct Sample {
     pub stored_bytes: u64,
     /// Bytes that the storage's file system has free.
     pub free_bytes: u64,
+    /// Bytes of downloads that broke off and are kept to be continued.
+    pub partial_bytes: u64,
     /// Blobs known to be missing that some URL should have.
     pub missing_blobs: u64,
     /// When the blob that was verified longest ago was, in seconds of Unix time; `None` when there is no blob.
@@ -117,10 +119,13 @@ pub struct Metrics {
     items: Gauge,
     size_bytes: Gauge,
     free_bytes: Gauge,
+    partial_bytes: Gauge,
     missing_blobs: Gauge,
     scrub_oldest_verified: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
+    /// When the newest snapshot of the database was taken, in Unix time; 0 if there is none.
+    pub snapshot_timestamp: Gauge,
 }
 
 impl Metrics {
@@ -180,7 +185,13 @@ impl Metrics {
             items: gauge(r, "items_total", "Artifacts known"),
             size_bytes: gauge(r, "size_bytes", "Bytes stored on disk after deduplication"),
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),
+            partial_bytes: gauge(r, "partial_bytes", "Bytes of broken-off downloads kept to be continued"),
             orphan_blobs: gauge(r, "orphan_blobs", "Stored files that the catalogue does not know"),
+            snapshot_timestamp: gauge(
+                r,
+                "database_snapshot_timestamp_seconds",
+                "When the newest snapshot of the database was taken, in Unix time",
+            ),
             registry,
         })
     }
@@ -211,6 +222,7 @@ impl Metrics {
         self.items.set(sample.items as i64);
         self.size_bytes.set(sample.stored_bytes as i64);
         self.free_bytes.set(sample.free_bytes as i64);
+        self.partial_bytes.set(sample.partial_bytes as i64);
         self.missing_blobs.set(sample.missing_blobs as i64);
         let now = || jiff::Timestamp::now().as_second();
         self.scrub_oldest_verified.set(sample.oldest_verified.unwrap_or_else(now));

@@ -4,11 +4,14 @@
 
 mod harness;
 
+mod archive;
+mod backup;
 mod bad_input;
 mod checksums;
 mod cli;
 mod connections;
 mod crash;
+mod disk;
 mod errors;
 mod fetch;
 mod framing;
@@ -22,6 +25,7 @@ mod logs;
 mod memory;
 mod metrics;
 mod panics;
+mod partial;
 mod ranges;
 mod redirects;
 mod retries;

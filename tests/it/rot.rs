@@ -91,6 +91,11 @@ fn quarantined(service: &Running) -> usize {
     fs::read_dir(service.service().base_path().join(".quarantine")).unwrap().count()
 }
 
+/// Of a run; shown with `--nocapture`.
+fn figures(way: &str, planted: usize, found: f64, wrong: usize, healed: f64) {
+    println!("{way}: planted {planted}, found {found}, served wrongly {wrong}, healed {healed}");
+}
+
 const SCRUBBED: &str = "artifact_cache_scrubbed_blobs_total";
 const CORRUPT: &str = "artifact_cache_blobs_corrupt_total";
 const HEALED: &str = "artifact_cache_scrub_healed_total";
@@ -121,12 +126,7 @@ fn the_scrub_finds_and_heals_whatever_was_planted() {
     });
     let wrong = wrong.count();
     assert_eq!((wrong, up.total()), (0, asked), "served wrongly, or fetched once more");
-    println!(
-        "planted {}, found {}, served wrongly {wrong}, healed {}",
-        planted.len(),
-        planted.len(),
-        planted.len()
-    );
+    figures("scrub", planted.len(), service.metric(CORRUPT), wrong, service.metric(HEALED));
     let line = service.wait_log("the loss", |line| line["msg"] == "stored file lost, will be fetched again");
     assert!(line["source_urls"].as_str().unwrap().contains("/rot/"), "{line}");
     // All are young again, and counted as stored.
@@ -137,6 +137,60 @@ fn the_scrub_finds_and_heals_whatever_was_planted() {
     let oldest = service.metric("artifact_cache_scrub_oldest_verified_timestamp_seconds");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
     assert!((now - oldest).abs() < 3600.0, "{oldest}");
+}
+
+#[test]
+fn nothing_rotten_is_served_as_whole_when_reads_are_verified() {
+    let up = Upstream::start();
+    let service = Service::new().env("STORAGE__VERIFY_ON_READ", "true").start();
+    let artifacts = artifacts(&up, 96);
+    store(&service, &artifacts);
+    let planted: Vec<(usize, Rot)> = (0..artifacts.len()).step_by(3).zip(ROTS.into_iter().cycle()).collect();
+    for &(at, rot) in &planted {
+        plant(rot, &service.blob(&artifacts[at].1.sha256()), &other(&service, &artifacts, at));
+    }
+    let mut wrong = 0;
+    for (url, content) in &artifacts {
+        // As a client that tries again when it is cut off.
+        eventually("the right bytes", || {
+            let mut client = service.connect();
+            client.request("GET", &fetch_target(url), &[]);
+            let answer = client.try_head().map(|head| client.body("GET", &head)).ok()?;
+            let is_right = answer.body == content.bytes();
+            wrong += usize::from(answer.end == End::Complete && !is_right);
+            (answer.status == 200 && is_right).then_some(())
+        });
+    }
+    assert_eq!((wrong, up.total()), (0, artifacts.len() + planted.len()));
+    service.wait_metric(CORRUPT, planted.len() as f64);
+    let quiet = planted.iter().filter(|(_, rot)| matches!(rot, Rot::Flip | Rot::Swap)).count();
+    service.wait_metric(HEALED, quiet as f64);
+    figures("verified reads", planted.len(), service.metric(CORRUPT), wrong, planted.len() as f64);
+}
+
+#[test]
+fn a_pipe_or_socket_in_a_blobs_place_heals_and_hangs_nobody() {
+    let up = Upstream::start();
+    let service = Service::new().start();
+    let content = Content::new(70_900, 50_000);
+    let url = up.serve("/x", Reply::ok(&content));
+    service.fetch(&url).assert_ok(&content.bytes());
+    let blob = service.blob(&content.sha256());
+    for round in 0..2 {
+        match round {
+            0 => plant(Rot::Pipe, &blob, Path::new("")),
+            _ => {
+                fs::remove_file(&blob).unwrap();
+                // A socket's path must be short.
+                let here = service.service().dir().join("socket");
+                drop(std::os::unix::net::UnixListener::bind(&here).unwrap());
+                fs::rename(here, &blob).unwrap();
+            }
+        }
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    }
+    assert_eq!((service.metric(CORRUPT), quarantined(&service)), (2.0, 2));
 }
 
 #[test]

@@ -93,6 +93,12 @@ impl Service {
         self.env["ARTIFACT_CACHE__STORAGE__DATABASE"].clone().into()
     }
 
+    /// Starts it with a shared object in front of the C library.
+    pub fn preload(mut self, shim: &Path) -> Service {
+        self.env.insert("LD_PRELOAD".to_string(), shim.display().to_string());
+        self
+    }
+
     /// Another verb of the same binary on the same configuration.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
