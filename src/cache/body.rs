@@ -48,7 +48,8 @@ pub struct Body {
 enum Source {
     Small(Bytes),
     Whole(Reader),
-    Verified(Verified),
+    /// In a box, because it is large and rare.
+    Verified(Box<Verified>),
     Growing(ReusableBoxFuture<'static, (Follower, Next)>),
     /// A growing body that has ended or broken.
     Finished,
@@ -70,7 +71,7 @@ impl Content {
                 let end = range.map_or(stored.version.size, |range| range.end);
                 let source = match stored.small() {
                     _ if is_whole && cache.limits.verify_on_read => {
-                        Source::Verified(Verified::new(cache, &stored))
+                        Source::Verified(Box::new(Verified::new(cache, &stored)))
                     }
                     Some(bytes) => Source::Small(bytes.slice(start as usize..end as usize)),
                     None => {
