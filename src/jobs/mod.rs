@@ -15,8 +15,10 @@ use crate::{cache::Cache, config::Jobs};
 const CENSUS_EVERY: Duration = Duration::from_secs(24 * 3600);
 /// How soon the scrub sees that something is due, which costs an idle one a look into an index.
 const SCRUB_EVERY: Duration = Duration::from_secs(1);
-/// How long the scrub leaves alone what fails as a whole.
+/// How long the scrub leaves a store alone that seems ill as a whole.
 const SCRUB_PAUSE: Duration = Duration::from_secs(3600);
+/// How long it waits when it failed, on a busy database for instance.
+const SCRUB_RETRY: Duration = Duration::from_secs(60);
 
 /// How often is looked whether a snapshot is due.
 const SNAPSHOT_CHECK_EVERY: Duration = Duration::from_secs(600);
@@ -70,8 +72,8 @@ async fn scrub(cache: &Arc<Cache>, config: &Jobs, stop: &CancellationToken) {
             Ok(scrub::Run::Done) => SCRUB_EVERY,
             Ok(scrub::Run::StoreIsIll) => SCRUB_PAUSE,
             Err(error) => {
-                tracing::warn!(error = %error, "scrub failed, will be tried again in an hour");
-                SCRUB_PAUSE
+                tracing::warn!(error = %error, "scrub failed, will be tried again in a minute");
+                SCRUB_RETRY
             }
         };
         if stops_within(pause, stop).await {
