@@ -57,6 +57,7 @@ fn every_key_changes_what_it_names() {
         let value = match key.as_str() {
             "server.host" => "::",
             "storage.base_path" | "storage.database" | "upstream.ca_file" => "elsewhere",
+            "storage.verify_on_read" => "true",
             "logging.level" => "trace",
             "logging.format" => "text",
             "upstream.proxy" => "http://proxy.example.com:3128",

@@ -15,6 +15,7 @@ mod spool;
 mod sweep;
 mod sweep_lock;
 mod tree;
+mod verify;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -33,6 +34,7 @@ use crate::{
     artifact::Digest,
     config::Storage,
     error::Error,
+    kill_point,
     sync::{Mutex, MutexGuard},
 };
 use partial::Partials;
@@ -43,6 +45,7 @@ pub use spool::{Spool, SpoolFile, Written};
 pub use sweep::{Claim, Removal, list_with_sizes};
 pub use sweep_lock::SweepLock;
 pub use tree::{Taken, Tree, Way};
+pub use verify::{Checked, Loss, check};
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";
@@ -197,25 +200,48 @@ impl Blobs {
 
     /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Nothing is deleted.
     pub fn quarantine(&self, digest: Digest, size: u64) -> Result<(), Error> {
-        let _shard = self.shard(digest);
+        let mut shard = self.shard(digest);
         match self.open_blob(digest, size)? {
-            Held::Damaged(_) => self.set_aside(digest),
+            Held::Damaged(_) => self
+                .clear_place(&mut shard, digest)
+                .map_err(|cause| Error::io("Failed to set damaged content aside", &cause)),
             Held::Whole(_) | Held::Missing => Ok(()),
         }
     }
 
     /// Moves what lies at a blob's place out of the way, whatever its size: its content was found to be wrong.
     pub fn quarantine_content(&self, digest: Digest) -> Result<(), Error> {
-        let _shard = self.shard(digest);
-        self.set_aside(digest)
+        let mut shard = self.shard(digest);
+        self.clear_place(&mut shard, digest)
+            .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))
     }
 
-    fn set_aside(&self, digest: Digest) -> Result<(), Error> {
+    /// Moves into the quarantine what lies where a blob should be, and what is no directory where one of its
+    /// directories should be.
+    fn clear_place(&self, shard: &mut Shard, digest: Digest) -> io::Result<()> {
+        let path = self.path(digest);
+        // The base is the operator's, and opening the store has shown that it is a directory.
+        let directories = [path.parent().and_then(Path::parent), path.parent()];
+        for directory in directories.into_iter().flatten() {
+            match fs::metadata(directory) {
+                Ok(found) if found.is_dir() => continue,
+                Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(cause),
+                Err(_) if !is_there(directory) => return Ok(()),
+                // A link to nowhere is there, and is not found.
+                Ok(_) | Err(_) => {}
+            }
+            tracing::warn!("something lies where a directory of the store should be, set aside");
+            *shard = Shard::default();
+            return self.move_aside(directory);
+        }
+        if is_there(&path) { self.move_aside(&path) } else { Ok(()) }
+    }
+
+    fn move_aside(&self, path: &Path) -> io::Result<()> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
-        let aside = self.base.join(QUARANTINE_DIR).join(format!("{digest}.{seconds}.{number}"));
-        fs::rename(self.path(digest), aside)
-            .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))
+        fs::rename(path, self.base.join(QUARANTINE_DIR).join(format!("{name}.{seconds}.{number}")))
     }
 
     /// Begins a growing file for a download of `announced` bytes, if that is known.
@@ -288,19 +314,22 @@ impl Blobs {
         let outer = self.base.join(format!("{first:02x}"));
         let inner = outer.join(format!("{second:02x}"));
         let (word, bit) = (usize::from(second / 64), 1u64 << (second % 64));
+        kill_point::pass_or_panic("publish.locked");
         let to = self.path(digest);
         let replaced = fs::symlink_metadata(&to).is_ok();
-        match written.file().rename_to(&to) {
-            // Its directory is new, or an operator removed it.
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
-                shard.durable_children[word] &= !bit;
-                if fs::create_dir(&inner).is_err() {
-                    (shard.durable, shard.durable_children) = Default::default();
-                    fs::create_dir_all(&inner)?;
-                }
-                written.file().rename_to(&to)?;
+        if let Err(cause) = written.file().rename_to(&to) {
+            // Its directory is new, or an operator removed it; or something else lies there.
+            let kinds = [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory, io::ErrorKind::IsADirectory];
+            if !kinds.contains(&cause.kind()) {
+                return Err(cause);
             }
-            done => done?,
+            self.clear_place(&mut shard, digest)?;
+            shard.durable_children[word] &= !bit;
+            if fs::create_dir(&inner).is_err() {
+                (shard.durable, shard.durable_children) = Default::default();
+                fs::create_dir_all(&inner)?;
+            }
+            written.file().rename_to(&to)?;
         }
         // From the inside out: the first sync commits what the others are about on most file systems, which makes
         // them cheap.
@@ -428,15 +457,21 @@ fn held(path: &Path, size: u64) -> io::Result<Held> {
         Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
             Ok(Held::Damaged("has a file where its directory should be".to_owned()))
         }
+        // A socket.
+        Err(cause) if cause.raw_os_error() == Some(libc::ENXIO) => {
+            Ok(Held::Damaged("is not a regular file".to_owned()))
+        }
         Err(cause) => Err(cause),
     }
 }
 
-/// The digests of all blobs at `base` that begin with this byte.
-fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
+/// The digests of all blobs at `base` that begin with this byte, in no order. Whatever else lies there is left out.
+pub fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
     let mut found = Vec::new();
     let outer = match fs::read_dir(base.join(format!("{first:02x}"))) {
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(cause) if matches!(cause.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(found);
+        }
         outer => outer?,
     };
     for inner in outer {
@@ -448,6 +483,11 @@ fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
         }
     }
     Ok(found)
+}
+
+/// Anything at all lies there, be it a link to nowhere.
+fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
 }
 
 fn is_full(cause: &io::Error) -> bool {

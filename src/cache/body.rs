@@ -18,6 +18,7 @@ use super::{
     Cache, Content, Growing,
     front::Stored,
     inflight::{Flight, Stage},
+    verified::Verified,
 };
 use crate::{
     artifact::Digest,
@@ -47,6 +48,8 @@ pub struct Body {
 enum Source {
     Small(Bytes),
     Whole(Reader),
+    /// In a box, because it is large and rare.
+    Verified(Box<Verified>),
     Growing(ReusableBoxFuture<'static, (Follower, Next)>),
     /// A growing body that has ended or broken.
     Finished,
@@ -64,8 +67,12 @@ impl Content {
         let start = range.as_ref().map_or(0, |range| range.start);
         match self {
             Content::Whole(stored) => {
+                let is_whole = range.is_none();
                 let end = range.map_or(stored.version.size, |range| range.end);
                 let source = match stored.small() {
+                    _ if is_whole && cache.limits.verify_on_read => {
+                        Source::Verified(Box::new(Verified::new(cache, &stored)))
+                    }
                     Some(bytes) => Source::Small(bytes.slice(start as usize..end as usize)),
                     None => {
                         let buffers = cache.blobs.buffers().clone();
@@ -114,6 +121,7 @@ impl Body {
                 },
                 _ => Next::End(None),
             },
+            Source::Verified(verified) => ready!(verified.poll_next(cx)),
             Source::Growing(future) => {
                 let (follower, next) = ready!(future.poll(cx));
                 match next {
@@ -155,7 +163,7 @@ impl Body {
     }
 }
 
-enum Next {
+pub(super) enum Next {
     /// The next bytes; of this artifact, once that is stored.
     Chunk(Chunk, Option<Arc<Stored>>),
     /// All was given out, of this artifact.

@@ -25,6 +25,7 @@ use crate::{
     blobs::{Origin, Published, Spool, SpoolFile},
     catalog::Record,
     error::Error,
+    kill_point,
     upstream::{Body, Failure, Head, Resume, Retry},
 };
 
@@ -65,15 +66,30 @@ struct Unproven {
     released: u64,
 }
 
-/// Ends the flight whatever happens to its task.
-struct Landing {
+/// Ends a flight, whatever happens to whoever began it and to its task.
+pub(super) struct Landing {
     cache: Arc<Cache>,
     flight: Arc<Flight>,
     stage: Option<Stage>,
 }
 
 impl Landing {
-    fn land(mut self, stage: Stage) {
+    pub(super) fn new(cache: &Arc<Cache>, flight: &Arc<Flight>) -> Landing {
+        cache.metrics.inflight_downloads.inc();
+        Landing { cache: cache.clone(), flight: flight.clone(), stage: None }
+    }
+
+    /// Begins the download, as a task of the process: clients may come and go.
+    pub(super) fn take_off(self) {
+        tokio::spawn(async move {
+            let (cache, flight) = (self.cache.clone(), self.flight.clone());
+            // What is left of the download goes before anybody is told of its end.
+            let stage = Box::pin(Download::new(&cache, &flight).run()).await.unwrap_or_else(Stage::Failed);
+            self.land(stage);
+        });
+    }
+
+    pub(super) fn land(mut self, stage: Stage) {
         self.stage = Some(stage);
     }
 }
@@ -89,20 +105,6 @@ impl Drop for Landing {
             })
         });
         self.cache.inflight.end(&self.flight, stage);
-    }
-}
-
-impl Cache {
-    /// Begins the download of a flight, as a task of the process: clients may come and go.
-    pub(super) fn start(self: &Arc<Self>, flight: Arc<Flight>) {
-        self.metrics.inflight_downloads.inc();
-        let landing = Landing { cache: self.clone(), flight, stage: None };
-        tokio::spawn(async move {
-            let (cache, flight) = (landing.cache.clone(), landing.flight.clone());
-            // What is left of the download goes before anybody is told of its end.
-            let stage = Box::pin(Download::new(&cache, &flight).run()).await.unwrap_or_else(Stage::Failed);
-            landing.land(stage);
-        });
     }
 }
 
@@ -255,6 +257,7 @@ impl<'a> Download<'a> {
             }
             _ => self.begin(answer.head).await.map_err(Failure::from)?,
         }
+        kill_point::pass_or_panic("download.begun");
         self.receive(answer.body).await?;
         self.land().await
     }

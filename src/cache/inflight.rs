@@ -15,6 +15,7 @@ use crate::{
     artifact::{Digest, RequestId, SourceUrl, Version, Want},
     blobs::SpoolFile,
     error::Error,
+    kill_point,
     sync::{AtomicU64, Mutex, MutexGuard, watch},
     upstream::Head,
 };
@@ -186,6 +187,7 @@ impl Inflight {
             released: AtomicU64::new(0),
             wants: Mutex::new(Wants { expected: vec![expected], sealed: false }),
         });
+        kill_point::pass_or_panic("flight.locked");
         flights.insert(Arc::from(url.key()), flight.clone());
         Joined { flight, leads: true }
     }

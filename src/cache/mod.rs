@@ -13,7 +13,9 @@ mod body;
 mod download;
 mod front;
 mod inflight;
+mod scrub;
 mod sweep;
+mod verified;
 
 use std::{
     path::PathBuf,
@@ -27,18 +29,22 @@ use tokio::time::{timeout, timeout_at};
 use crate::{
     artifact::{CacheStatus, Digest, Streaming, Version, Want, media},
     blobs::{Blobs, Held, SpoolFile},
-    catalog::{Artifact, Catalog, CopyError, Totals},
+    catalog::{Artifact, Blob, Catalog, CopyError, Totals},
     config::Config,
     error::Error,
+    kill_point,
     telemetry::{Metrics, metrics::Sample},
     upstream::{Head, Upstream},
 };
 pub use archive::Archive;
 use archive::Claim;
 pub use body::{Body, Broken};
+use download::Landing;
 use front::Front;
 pub use front::Stored;
 use inflight::{Flight, Inflight, Stage};
+pub use scrub::Scrubbed;
+use scrub::Suspects;
 pub use sweep::Swept;
 
 /// Rejected digests that are remembered; old ones go first.
@@ -56,6 +62,7 @@ pub struct Cache {
     /// The digest that a URL had when a client expected another one, and when that was.
     mismatches: Bounded<(Arc<str>, Digest), (Digest, Instant)>,
     claim: Claim,
+    suspects: Suspects,
     limits: Limits,
 }
 
@@ -73,6 +80,7 @@ struct Limits {
     min_free_bytes: u64,
     /// Orphans that crashes may have left: each at most as many as there are downloads at a time.
     tolerated_orphans: i64,
+    verify_on_read: bool,
 }
 
 /// An answer.
@@ -133,6 +141,7 @@ impl Cache {
             front: Front::new(),
             inflight: Inflight::new(config.upstream.max_downloads),
             mismatches: Bounded::new(REMEMBERED_MISMATCHES),
+            suspects: Suspects::default(),
             limits: Limits {
                 stream_after: config.fetch.stream_after,
                 tail_hold_bytes: config.fetch.tail_hold_bytes,
@@ -144,6 +153,7 @@ impl Cache {
                 max_retries: config.upstream.max_retries,
                 min_free_bytes: config.storage.min_free_bytes,
                 tolerated_orphans: config.upstream.max_downloads as i64,
+                verify_on_read: config.storage.verify_on_read,
             },
         })
     }
@@ -183,15 +193,18 @@ impl Cache {
                 Found::Lost(version, problem) => (Some(version), problem),
                 _ => (None, String::new()),
             };
-            let is_lost = lost.is_some();
+            // Said and counted once, however often it is asked for until it is fetched again.
+            let is_news = lost.as_ref().is_some_and(|version| !self.is_known_missing(version.digest));
             let joined = self.inflight.join(want, lost);
             if joined.leads {
+                let landing = Landing::new(self, &joined.flight);
+                kill_point::pass_or_panic("flight.joined");
                 // Another flight may have landed between the look-up and the join.
                 if let Some(stage) = self.landed_meanwhile(want.url.key()) {
-                    self.inflight.end(&joined.flight, stage);
+                    landing.land(stage);
                     continue;
                 }
-                if is_lost {
+                if is_news {
                     self.metrics.blobs_corrupt.inc();
                     tracing::warn!(
                         source_url = %want.url.masked(),
@@ -200,7 +213,7 @@ impl Cache {
                         "stored file lost, will be fetched again"
                     );
                 }
-                self.start(joined.flight.clone());
+                landing.take_off();
             } else if !std::mem::replace(&mut is_counted, true) {
                 self.metrics.collapsed_requests.inc();
             }
@@ -225,8 +238,15 @@ impl Cache {
         tokio::task::spawn_blocking(move || blobs.quarantine(version.digest, version.size)).await.map_err(
             |cause| Error::io("Failed to set damaged content aside", &std::io::Error::other(cause)),
         )??;
-        self.catalog.mark_lost(version.digest);
+        if let Err(error) = self.catalog.note_lost(version.digest).await {
+            // The sums count it on; the record of what replaces it will put them right.
+            tracing::warn!(error = %error, "a lost blob could not be noted");
+        }
         Ok(())
+    }
+
+    fn is_known_missing(&self, digest: Digest) -> bool {
+        matches!(self.catalog.find_blob(digest), Ok(Some(Blob { is_missing: true, .. })))
     }
 
     /// Asks the upstream what an artifact is that isn't held. Stores nothing; takes a place like a download.
@@ -260,6 +280,8 @@ impl Cache {
             stored_bytes: totals.stored_bytes,
             free_bytes: self.blobs.free_bytes().unwrap_or(0),
             partial_bytes: self.blobs.partial_bytes(),
+            missing_blobs: self.catalog.count_missing().unwrap_or(0),
+            oldest_verified: self.catalog.oldest_verified().unwrap_or_default(),
         }
     }
 

@@ -11,6 +11,7 @@
 
 mod deletion;
 mod detached;
+mod integrity;
 pub mod snapshots;
 mod sqlite;
 mod writer;
@@ -22,6 +23,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use rusqlite::Connection;
@@ -32,6 +34,8 @@ use crate::{
 };
 pub use deletion::{Deleted, Editor, Removed};
 pub use detached::{CopyError, Detached, RecordedBlob};
+use integrity::Finding;
+pub use integrity::{Blob, Inspection};
 use writer::Writer;
 
 /// One content of one URL, published and durable, to be recorded.
@@ -306,9 +310,45 @@ impl Catalog {
         self.writer.mark_swept(blobs).await
     }
 
-    /// Notes that a blob was found gone or damaged, so that the sums no longer count it. Never waits.
-    pub fn mark_lost(&self, digest: Digest) {
-        self.writer.mark_lost(digest);
+    /// Notes that a blob was found gone or damaged, so that the sums no longer count it and it is looked for again.
+    pub async fn note_lost(&self, digest: Digest) -> Result<(), Error> {
+        self.writer.note(vec![digest], Finding::Lost).await
+    }
+
+    /// Notes that a blob that was known to be missing was read just now and is what its name says.
+    pub async fn note_found(&self, digest: Digest) -> Result<(), Error> {
+        self.writer.note(vec![digest], Finding::Found).await
+    }
+
+    /// Notes that these blobs were read just now and are what their names say.
+    pub async fn note_whole(&self, blobs: Vec<Digest>) -> Result<(), Error> {
+        self.writer.note(blobs, Finding::Whole).await
+    }
+
+    /// The blobs to be read next, `limit` at most: what was asked for, what is missing for another day, then what was
+    /// verified longer than `period` ago, the longest first. With no period only what was asked for.
+    pub fn due_blobs(&self, period: Option<Duration>, limit: usize) -> Result<Vec<Blob>, Error> {
+        self.told(integrity::due(&self.reader(), period, limit))
+    }
+
+    /// A blob's row, unless it was deleted or never recorded.
+    pub fn find_blob(&self, digest: Digest) -> Result<Option<Blob>, Error> {
+        self.told(integrity::find(&self.reader(), digest))
+    }
+
+    /// The URLs whose current content this is.
+    pub fn urls_of(&self, digest: Digest) -> Result<Vec<String>, Error> {
+        self.told(integrity::urls(&self.reader(), digest))
+    }
+
+    /// When the blob that was verified longest ago was, in seconds of Unix time; `None` when there is no blob.
+    pub fn oldest_verified(&self) -> Result<Option<i64>, Error> {
+        self.told(integrity::oldest_verified(&self.reader()))
+    }
+
+    /// How many blobs are known to be missing that some URL should have.
+    pub fn count_missing(&self) -> Result<u64, Error> {
+        self.told(integrity::count_missing(&self.reader()))
     }
 
     /// Counts one body served of the artifact with this row. Written within a second; never waits.
@@ -319,6 +359,11 @@ impl Catalog {
     /// Changes whenever another process has changed the database: what is remembered of it must then be forgotten.
     pub fn generation(&self) -> u64 {
         self.status.generation.load(Ordering::Acquire)
+    }
+
+    /// Makes everybody forget what they remember, as if another process had changed the database.
+    pub fn forget_remembered(&self) {
+        self.status.generation.fetch_add(1, Ordering::Release);
     }
 
     /// The last write failed because the database can't be written at all (read-only, full, failing, damaged).

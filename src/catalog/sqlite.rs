@@ -17,11 +17,12 @@ use crate::{
 /// How long a statement waits for another process's lock before it fails.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Numbered scripts; the database's `user_version` says how many it has seen.
-const MIGRATIONS: [&str; 4] = [
+const MIGRATIONS: [&str; 5] = [
     include_str!("../../migrations/sqlite/0001_initial.sql"),
     include_str!("../../migrations/sqlite/0002_jobs.sql"),
     include_str!("../../migrations/sqlite/0003_identity.sql"),
     include_str!("../../migrations/sqlite/0004_collect.sql"),
+    include_str!("../../migrations/sqlite/0005_missing.sql"),
 ];
 
 /// Takes the lock that keeps a second process away from this database.
@@ -130,9 +131,10 @@ pub(super) fn open_beside(path: &Path) -> Result<Connection, OpenError> {
     }
     let db = open_existing(path).map_err(|cause| refused(path, cause))?;
     check_schema(&db, path)?;
-    match (schema_version(&db, path)?, MIGRATIONS.len() as i64) {
-        (found, known) if found < known => Err(OpenError::Older { path: path.to_owned(), found, known }),
-        _ => Ok(db),
+    let (found, known) = (schema_version(&db, path)?, MIGRATIONS.len() as i64);
+    match found < known {
+        true => Err(OpenError::Older { path: path.to_owned(), found, known }),
+        false => Ok(db),
     }
 }
 

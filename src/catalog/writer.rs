@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     io,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::Ordering,
@@ -16,7 +17,11 @@ use std::{
 use rusqlite::{Connection, ffi};
 use tokio::sync::oneshot;
 
-use super::{Deleted, Record, Recorded, Status, deletion, sqlite};
+use super::{
+    Deleted, Record, Recorded, Status, deletion,
+    integrity::{self, Finding},
+    sqlite,
+};
 use crate::{artifact::Digest, error::Error, kill_point};
 
 /// How late an access count may be written, and how soon another process's change is seen.
@@ -31,7 +36,7 @@ type Claim = Box<dyn Send>;
 
 enum Command {
     Record(Box<Record>, Claim, oneshot::Sender<Result<Recorded, Error>>),
-    MarkLost(Digest),
+    Note(Vec<Digest>, Finding, oneshot::Sender<Result<(), Error>>),
     MarkSwept(Vec<Deleted>, oneshot::Sender<Result<(), Error>>),
     Checkpoint(oneshot::Sender<()>),
 }
@@ -73,8 +78,10 @@ impl Writer {
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
-    pub(super) fn mark_lost(&self, digest: Digest) {
-        self.send(Command::MarkLost(digest));
+    pub(super) async fn note(&self, blobs: Vec<Digest>, finding: Finding) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Note(blobs, finding, reply));
+        answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
     pub(super) fn count_access(&self, id: i64) {
@@ -137,7 +144,9 @@ impl Work {
                 next_tick = Instant::now() + TICK;
             }
             match waiting.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
-                Ok(command) => self.execute(command, waiting),
+                // A panic fails what was asked for, whose reply is dropped, and nothing after it: SQLite takes back the
+                // transaction that it leaves.
+                Ok(command) => drop(catch_unwind(AssertUnwindSafe(|| self.execute(command, waiting)))),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.write_out(),
             }
@@ -151,13 +160,11 @@ impl Work {
         for command in std::iter::once(first).chain(waiting.try_iter()).take(BATCH) {
             match command {
                 Command::Record(record, claim, reply) => records.push((record, claim, reply)),
-                Command::MarkLost(digest) => {
-                    let marked = self.settle().and_then(|()| sqlite::mark_lost(&self.db, digest));
-                    if let Err(cause) = marked {
-                        self.note(Some(&cause));
-                        // The sums count it on; the record of what replaces it will put them right.
-                        tracing::warn!(error = %cause, "a lost blob could not be noted");
-                    }
+                Command::Note(blobs, finding, reply) => {
+                    let noted = self.settle().and_then(|()| integrity::note(&mut self.db, &blobs, finding));
+                    self.note(noted.as_ref().err());
+                    // Whoever asked may have given up waiting.
+                    let _ = reply.send(noted.map_err(|cause| integrity::write_failed(&cause)));
                 }
                 Command::MarkSwept(blobs, reply) => {
                     // Whoever asked may have been stopped meanwhile.
@@ -194,6 +201,7 @@ impl Work {
     fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Recorded>> {
         self.settle()?;
         let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        kill_point::pass_or_panic("record.begun");
         let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
         tx.commit()?;
         Ok(recorded)

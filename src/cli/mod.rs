@@ -4,6 +4,7 @@ mod backup;
 mod delete;
 mod restore;
 mod serve;
+mod verify;
 
 use std::{
     error::Error,
@@ -56,6 +57,9 @@ enum Verb {
     /// Delete artifacts from the cache, or files that the database does not know
     #[command(after_help = delete::AFTER_HELP)]
     Delete(delete::DeleteArgs),
+    /// Read the stored files again: is everything there, and is it what it was?
+    #[command(after_help = verify::HELP)]
+    Verify(verify::VerifyArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -87,6 +91,7 @@ pub fn run() -> ExitCode {
         Some(Verb::Backup(args)) => load(&config).and_then(|config| backup::backup(&config, &args)),
         Some(Verb::Restore(args)) => load(&config).and_then(|config| restore::restore(&config, &args)),
         Some(Verb::Delete(args)) => load(&config).and_then(|config| delete::delete(&config, &args)),
+        Some(Verb::Verify(args)) => verify::verify(&args, &config),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));

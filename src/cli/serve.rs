@@ -37,6 +37,7 @@ pub(super) fn serve(args: &ConfigArgs) -> Outcome {
         .max_blocking_threads(blocking_threads)
         .build()?;
     let metrics = Metrics::new(log.dropped_lines());
+    telemetry::watch_panics(metrics.clone());
     let served = runtime.block_on(run(config, file.as_deref(), metrics));
     runtime.shutdown_timeout(RUNTIME_GRACE);
     served.map(|()| ExitCode::SUCCESS)

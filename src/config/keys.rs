@@ -98,6 +98,8 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.storage.partial_keep, value::hours(v))),
     one("storage", "partial_max_bytes", SIZE,
         |c, v| put(&mut c.storage.partial_max_bytes, value::size(v))),
+    one("storage", "verify_on_read", "true or false",
+        |c, v| put(&mut c.storage.verify_on_read, value::word(v, &[("true", true), ("false", false)]))),
 
     one("logging", "level", "error, warn, info, debug or trace", |c, v| {
         let levels = [("error", Level::ERROR), ("warn", Level::WARN), ("info", Level::INFO),
@@ -152,6 +154,10 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.jobs.delete_grace, value::seconds(v))),
     one("jobs", "snapshots_kept", "a whole number from 0 to 1000, such as 7, or 0 for none",
         |c, v| put(&mut c.jobs.snapshots_kept, value::whole(v, 0..=1_000))),
+    one("jobs", "scrub_period_days", "days, such as 30 or 0.5, or 0 for never",
+        |c, v| put(&mut c.jobs.scrub_period, value::days(v))),
+    one("jobs", "scrub_max_bytes_per_second", SOME_SIZE,
+        |c, v| put(&mut c.jobs.scrub_max_bytes_per_second, value::some_size(v))),
 ];
 
 fn put<T, E>(place: &mut T, read: Result<T, E>) -> Result<(), E> {

@@ -79,6 +79,8 @@ pub struct Storage {
     pub partial_keep: Duration,
     /// Bytes of all downloads kept so, together; 0 for none.
     pub partial_max_bytes: u64,
+    /// Whether whole artifacts are hashed while they are served.
+    pub verify_on_read: bool,
 }
 
 /// Section `logging`.
@@ -153,6 +155,10 @@ pub struct Jobs {
     pub delete_grace: Duration,
     /// Daily snapshots of the database that are kept; 0 for none.
     pub snapshots_kept: usize,
+    /// How long a stored file may go unread before it is read again to see whether it is whole; `None` for ever.
+    pub scrub_period: Option<Duration>,
+    /// How fast that is done, in bytes a second; above 0.
+    pub scrub_max_bytes_per_second: u64,
 }
 
 /// How a streamed HTTP/1.1 body is framed.
@@ -206,6 +212,7 @@ impl Default for Config {
                 checkpoint_bytes: 64 << 20,
                 partial_keep: Duration::from_secs(24 * 3600),
                 partial_max_bytes: 20 << 30,
+                verify_on_read: false,
             },
             logging: Logging { level: Level::INFO, format: LogFormat::Json },
             upstream: Upstream::default(),
@@ -217,7 +224,12 @@ impl Default for Config {
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
             },
-            jobs: Jobs { delete_grace: Duration::from_secs(3600), snapshots_kept: 7 },
+            jobs: Jobs {
+                delete_grace: Duration::from_secs(3600),
+                snapshots_kept: 7,
+                scrub_period: Some(Duration::from_secs(30 * 86_400)),
+                scrub_max_bytes_per_second: 20 << 20,
+            },
             metrics_port_given: false,
         }
     }
@@ -344,6 +356,11 @@ impl Config {
         }
         Ok(self)
     }
+}
+
+/// Reads a size as the configuration takes it, in bytes; the error continues the sentence that begins with the value.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    value::size(text)
 }
 
 /// A value fit for a message: without the password of a URL, on one line, and not endless.

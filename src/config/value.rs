@@ -10,6 +10,7 @@ use url::Url;
 
 /// A year: longer is a slip, and far below what a clock can add.
 const MAX_SECONDS: f64 = 365.0 * 86_400.0;
+const MAX_DAYS: f64 = 3_652.0;
 
 pub(super) fn whole<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, String> {
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
@@ -26,6 +27,16 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
         return Err("is not between 0 and a year".into());
     }
     Duration::try_from_secs_f64(number).map_err(|e| e.to_string())
+}
+
+/// Days, fractions allowed; 0 is never.
+pub(super) fn days(text: &str) -> Result<Option<Duration>, String> {
+    let number = text.parse::<f64>().ok().filter(|n| n.is_finite()).ok_or("is not a number of days")?;
+    if !(0.0..=MAX_DAYS).contains(&number) {
+        return Err("is not between 0 and ten years".into());
+    }
+    let time = Duration::try_from_secs_f64(number * 86_400.0).map_err(|e| e.to_string())?;
+    Ok((!time.is_zero()).then_some(time))
 }
 
 /// Seconds where none would mean that nothing ever works. A millisecond is the timer's resolution.
@@ -202,5 +213,17 @@ mod tests {
         assert_eq!(seconds("-1"), Err("is not between 0 and a year".into()));
         assert_eq!(seconds("1e300"), Err("is not between 0 and a year".into()));
         assert_eq!(some_seconds("0.0001"), Err("is too short".into()));
+    }
+
+    #[test]
+    fn day_values() {
+        assert_eq!(days("30"), Ok(Some(Duration::from_secs(30 * 86_400))));
+        assert_eq!(days("0.5"), Ok(Some(Duration::from_secs(43_200))));
+        assert_eq!(days("0"), Ok(None));
+        assert_eq!(days("-1"), Err("is not between 0 and ten years".into()));
+        assert_eq!(days("1e9"), Err("is not between 0 and ten years".into()));
+        for bad in ["30d", "", "nan", "never"] {
+            assert_eq!(days(bad), Err("is not a number of days".into()), "{bad}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 
 mod census;
 mod collect;
+mod scrub;
 mod snapshot;
 
 use std::{sync::Arc, time::Duration};
@@ -14,6 +15,13 @@ use crate::{cache::Cache, config::Jobs};
 use collect::Collect;
 
 const CENSUS_EVERY: Duration = Duration::from_secs(24 * 3600);
+/// How soon the scrub sees that something is due, which costs an idle one a look into an index.
+const SCRUB_EVERY: Duration = Duration::from_secs(1);
+/// How long the scrub leaves a store alone that seems ill as a whole.
+const SCRUB_PAUSE: Duration = Duration::from_secs(3600);
+/// How long it waits when it failed, on a busy database for instance.
+const SCRUB_RETRY: Duration = Duration::from_secs(60);
+
 /// How often is looked whether a snapshot is due.
 const SNAPSHOT_CHECK_EVERY: Duration = Duration::from_secs(600);
 /// Partial downloads are kept for hours; a few minutes more are nothing.
@@ -26,6 +34,7 @@ pub async fn run(cache: Arc<Cache>, config: Jobs, stop: CancellationToken) {
         take_snapshots(&cache, config.snapshots_kept, &stop),
         expire_partials(&cache, &stop),
         collect(&cache, config.delete_grace, &stop),
+        scrub(&cache, &config, &stop),
     );
 }
 
@@ -67,6 +76,23 @@ async fn take_snapshots(cache: &Arc<Cache>, kept: usize, stop: &CancellationToke
             tracing::warn!(error = %error, "no snapshot of the database, will be tried again");
         }
         if stops_within(SNAPSHOT_CHECK_EVERY, stop).await {
+            return;
+        }
+    }
+}
+
+async fn scrub(cache: &Arc<Cache>, config: &Jobs, stop: &CancellationToken) {
+    let mut lost_in_a_row = 0;
+    loop {
+        let pause = match scrub::run_once(cache, config, stop, &mut lost_in_a_row).await {
+            Ok(scrub::Run::Done) => SCRUB_EVERY,
+            Ok(scrub::Run::StoreIsIll) => SCRUB_PAUSE,
+            Err(error) => {
+                tracing::warn!(error = %error, "scrub failed, will be tried again in a minute");
+                SCRUB_RETRY
+            }
+        };
+        if stops_within(pause, stop).await {
             return;
         }
     }

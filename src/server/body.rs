@@ -22,6 +22,7 @@ use super::{
 use crate::{
     blobs::Chunk,
     cache::{Body, Broken, Cache, Stored},
+    kill_point,
 };
 
 /// What hyper sends after a response's head.
@@ -157,6 +158,7 @@ impl Artifact {
                     return Poll::Ready(Some(Ok(Given::Text(text))));
                 }
                 Some(Segment::Body(body)) => {
+                    kill_point::pass_or_panic("body.polled");
                     let chunk = ready!(body.poll_chunk(cx));
                     if served.stored.is_none() {
                         served.stored = body.stored().cloned();

@@ -22,6 +22,7 @@ use crate::{
     blobs::Mode,
     cache::{Content, Fetched, Growing, Stored},
     error::Error,
+    kill_point,
 };
 
 /// RFC 9110 asks for at least 8,000 bytes; a `url` of 8 KiB may be percent-encoded threefold.
@@ -80,6 +81,7 @@ async fn answer(
     }
     let (url, sha256) = app.targets.parse(&parts.uri)?;
     exchange.concerns(url.clone());
+    kill_point::pass_or_panic("fetch.parsed");
     let headers = &parts.headers;
     let framing = framing::choose(app.config.fetch.stream_framing, parts.version, headers);
     let want = Want {

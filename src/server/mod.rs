@@ -205,13 +205,7 @@ async fn answer_or_panic(
         }
     })
     .await;
-    let mut response = answer.unwrap_or_else(|refusal| {
-        if matches!(refusal, Refusal::Panicked) {
-            app.metrics.panics.inc();
-            tracing::error!("panic");
-        }
-        refusal.into_response(as_problem)
-    });
+    let mut response = answer.unwrap_or_else(|refusal| refusal.into_response(as_problem));
     response.headers_mut().insert(exchange::X_REQUEST_ID.clone(), request_id.to_header());
     response.body_mut().hold(busy);
     response

@@ -79,6 +79,10 @@ pub struct Sample {
     pub free_bytes: u64,
     /// Bytes of downloads that broke off and are kept to be continued.
     pub partial_bytes: u64,
+    /// Blobs known to be missing that some URL should have.
+    pub missing_blobs: u64,
+    /// When the blob that was verified longest ago was, in seconds of Unix time; `None` when there is no blob.
+    pub oldest_verified: Option<i64>,
 }
 
 /// The counters, gauges and histograms, and the registry that prints them.
@@ -109,7 +113,13 @@ pub struct Metrics {
     pub checksum_mismatches: Counter,
     /// Stored files found missing, of another size or of another content.
     pub blobs_corrupt: Counter,
-    /// Requests that panicked.
+    /// Stored files read again to see whether they are what they were.
+    pub scrubbed_blobs: Counter,
+    /// Bytes read for that.
+    pub scrubbed_bytes: Counter,
+    /// Lost files that were fetched again without a client asking.
+    pub scrub_healed: Counter,
+    /// Panics, of requests and in the background.
     pub panics: Counter,
     /// Deletions that were carried out on disk.
     pub swept_blobs: Counter,
@@ -122,6 +132,8 @@ pub struct Metrics {
     /// `storage.min_free_bytes`.
     pub min_free_bytes: Gauge,
     partial_bytes: Gauge,
+    missing_blobs: Gauge,
+    scrub_oldest_verified: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
     /// When the newest snapshot of the database was taken, in Unix time; 0 if there is none.
@@ -171,9 +183,22 @@ impl Metrics {
             upstream_resumes: counter(r, "upstream_resumes", "Attempts that continued a broken download"),
             checksum_mismatches: counter(r, "checksum_mismatches", "Requests whose sha256 did not match"),
             blobs_corrupt: counter(r, "blobs_corrupt", "Stored files found missing or damaged"),
-            panics: counter(r, "panics", "Requests that ended in a panic"),
             swept_blobs: counter(r, "swept_blobs", "Deleted files removed from the disk"),
             swept_bytes: counter(r, "swept_bytes", "Bytes of deleted files removed from the disk"),
+            scrubbed_blobs: counter(r, "scrubbed_blobs", "Stored files read again in the background"),
+            scrubbed_bytes: counter(
+                r,
+                "scrubbed_bytes",
+                "Bytes of stored files read again in the background",
+            ),
+            scrub_healed: counter(r, "scrub_healed", "Lost files fetched again without a client asking"),
+            scrub_oldest_verified: gauge(
+                r,
+                "scrub_oldest_verified_timestamp_seconds",
+                "When the stored file that was verified longest ago was, in Unix time; now if there is none",
+            ),
+            missing_blobs: gauge(r, "missing_blobs", "Files that are known to be lost and should be there"),
+            panics: counter(r, "panics", "Panics, of requests and in the background"),
             items: gauge(r, "items_total", "Artifacts known"),
             size_bytes: gauge(r, "size_bytes", "Bytes stored on disk after deduplication"),
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),
@@ -225,6 +250,9 @@ impl Metrics {
         self.size_bytes.set(sample.stored_bytes as i64);
         self.free_bytes.set(sample.free_bytes as i64);
         self.partial_bytes.set(sample.partial_bytes as i64);
+        self.missing_blobs.set(sample.missing_blobs as i64);
+        let now = || jiff::Timestamp::now().as_second();
+        self.scrub_oldest_verified.set(sample.oldest_verified.unwrap_or_else(now));
         let mut text = String::with_capacity(16 * 1024);
         // Writing to a String can't fail.
         let _ = prometheus_text::encode(&mut text, &self.registry);

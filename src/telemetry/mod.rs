@@ -2,7 +2,9 @@
 
 pub mod log;
 pub mod metrics;
+mod panics;
 mod sink;
 
 pub use log::{LogGuard, init};
 pub use metrics::Metrics;
+pub use panics::watch_panics;

@@ -48,6 +48,10 @@ mod kill_point {
             shuttle::thread::yield_now();
         }
     }
+
+    pub fn pass_or_panic(name: &str) {
+        pass(name);
+    }
 }
 
 /// Runs `scenario` under so many random schedules, a tenth of them with few and sudden switches (PCT).

@@ -1,0 +1,337 @@
+//! Rot: a disk that changes what it was given. Found by the scrub, by `verify` and while serving; never served as the
+//! artifact where it can be told, set aside and never deleted, and fetched again with the recorded digest.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, symlink};
+use std::path::Path;
+
+use crate::harness::{Content, End, Reply, Running, Service, Upstream, eventually, fetch_target};
+
+/// A way in which a stored file is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rot {
+    Flip,
+    Cut,
+    Extend,
+    Remove,
+    Swap,
+    Link,
+    Directory,
+    Pipe,
+}
+
+const ROTS: [Rot; 8] =
+    [Rot::Flip, Rot::Cut, Rot::Extend, Rot::Remove, Rot::Swap, Rot::Link, Rot::Directory, Rot::Pipe];
+
+/// Damages the file at `blob`, keeping what it was under `aside` where it is moved.
+fn plant(rot: Rot, blob: &Path, other: &Path) {
+    let open = || fs::File::options().read(true).write(true).open(blob).unwrap();
+    let length = || fs::metadata(blob).unwrap().len();
+    match rot {
+        Rot::Flip => {
+            let (file, at) = (open(), length() / 2);
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+        }
+        Rot::Cut => open().set_len(length() - 1).unwrap(),
+        Rot::Extend => open().set_len(length() + 1).unwrap(),
+        Rot::Remove => fs::remove_file(blob).unwrap(),
+        // Another artifact's bytes, whole and of the same length.
+        Rot::Swap => drop(fs::copy(other, blob).unwrap()),
+        Rot::Link => {
+            fs::remove_file(blob).unwrap();
+            symlink(other, blob).unwrap();
+        }
+        Rot::Directory => {
+            fs::remove_file(blob).unwrap();
+            fs::create_dir(blob).unwrap();
+        }
+        Rot::Pipe => {
+            fs::remove_file(blob).unwrap();
+            rustix::fs::mknodat(
+                rustix::fs::CWD,
+                blob,
+                rustix::fs::FileType::Fifo,
+                rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+                0,
+            )
+            .unwrap();
+        }
+    }
+}
+
+/// So many artifacts; two sizes, one in the memory front and one over a page of the disk.
+fn artifacts(up: &Upstream, count: u64) -> Vec<(String, Content)> {
+    let artifact = |n: u64| {
+        let content = Content::new(70_000 + n, if n.is_multiple_of(2) { 3_000 } else { 90_001 });
+        (up.serve(&format!("/rot/{n}"), Reply::ok(&content)), content)
+    };
+    (0..count).map(artifact).collect()
+}
+
+fn store(service: &Running, artifacts: &[(String, Content)]) {
+    for (url, content) in artifacts {
+        service.fetch(url).assert_ok(&content.bytes());
+    }
+}
+
+/// Another artifact of the same size as the one at `at`.
+fn other(service: &Running, artifacts: &[(String, Content)], at: usize) -> std::path::PathBuf {
+    service.blob(&artifacts[(at + 2) % artifacts.len()].1.sha256())
+}
+
+/// Makes every blob due, as if a month had gone by.
+fn a_month_later(service: &Running) {
+    let age = "UPDATE blobs SET verified_at = datetime(verified_at, '-31 days')";
+    service.sqlite().execute(age, []).unwrap();
+}
+
+fn quarantined(service: &Running) -> usize {
+    fs::read_dir(service.service().base_path().join(".quarantine")).unwrap().count()
+}
+
+/// Of a run; shown with `--nocapture`.
+fn figures(way: &str, planted: usize, found: f64, wrong: usize, healed: f64) {
+    println!("{way}: planted {planted}, found {found}, served wrongly {wrong}, healed {healed}");
+}
+
+const SCRUBBED: &str = "artifact_cache_scrubbed_blobs_total";
+const CORRUPT: &str = "artifact_cache_blobs_corrupt_total";
+const HEALED: &str = "artifact_cache_scrub_healed_total";
+const MISSING: &str = "artifact_cache_missing_blobs";
+
+#[test]
+fn the_scrub_finds_and_heals_whatever_was_planted() {
+    let up = Upstream::start();
+    let service = Service::new().env("JOBS__SCRUB_MAX_BYTES_PER_SECOND", "1GiB").start();
+    let artifacts = artifacts(&up, 96);
+    store(&service, &artifacts);
+    // Every third, so that each is damaged in its own way and what it is swapped with is whole.
+    let planted: Vec<(usize, Rot)> = (0..artifacts.len()).step_by(3).zip(ROTS.into_iter().cycle()).collect();
+    for &(at, rot) in &planted {
+        plant(rot, &service.blob(&artifacts[at].1.sha256()), &other(&service, &artifacts, at));
+    }
+    a_month_later(&service);
+    service.wait_metric(HEALED, planted.len() as f64);
+    service.wait_metric(SCRUBBED, artifacts.len() as f64);
+    assert_eq!(service.metric(CORRUPT), planted.len() as f64, "found");
+    assert_eq!(service.metric(MISSING), 0.0);
+    let removed = planted.iter().filter(|(_, rot)| *rot == Rot::Remove).count();
+    assert_eq!(quarantined(&service), planted.len() - removed, "nothing is deleted");
+    let asked = up.total();
+    let wrong = artifacts.iter().filter(|(url, content)| {
+        let answer = service.fetch(url);
+        answer.cache_status() != "HIT" || answer.body != content.bytes()
+    });
+    let wrong = wrong.count();
+    assert_eq!((wrong, up.total()), (0, asked), "served wrongly, or fetched once more");
+    figures("scrub", planted.len(), service.metric(CORRUPT), wrong, service.metric(HEALED));
+    let line = service.wait_log("the loss", |line| line["msg"] == "stored file lost, will be fetched again");
+    assert!(line["source_urls"].as_str().unwrap().contains("/rot/"), "{line}");
+    // All are young again, and counted as stored.
+    let due =
+        "SELECT count(*) FROM blobs WHERE verified_at IS NULL OR verified_at < datetime('now', '-1 day')";
+    eventually("everything is noted", || (service.count_rows(due) == 0).then_some(()));
+    assert_eq!(service.stats()["unique_blobs"], artifacts.len());
+    let oldest = service.metric("artifact_cache_scrub_oldest_verified_timestamp_seconds");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((now - oldest).abs() < 3600.0, "{oldest}");
+}
+
+#[test]
+fn nothing_rotten_is_served_as_whole_when_reads_are_verified() {
+    let up = Upstream::start();
+    let service = Service::new().env("STORAGE__VERIFY_ON_READ", "true").start();
+    let artifacts = artifacts(&up, 96);
+    store(&service, &artifacts);
+    let planted: Vec<(usize, Rot)> = (0..artifacts.len()).step_by(3).zip(ROTS.into_iter().cycle()).collect();
+    for &(at, rot) in &planted {
+        plant(rot, &service.blob(&artifacts[at].1.sha256()), &other(&service, &artifacts, at));
+    }
+    let mut wrong = 0;
+    for (url, content) in &artifacts {
+        // As a client that tries again when it is cut off.
+        eventually("the right bytes", || {
+            let mut client = service.connect();
+            client.request("GET", &fetch_target(url), &[]);
+            let answer = client.try_head().map(|head| client.body("GET", &head)).ok()?;
+            let is_right = answer.body == content.bytes();
+            wrong += usize::from(answer.end == End::Complete && !is_right);
+            (answer.status == 200 && is_right).then_some(())
+        });
+    }
+    assert_eq!((wrong, up.total()), (0, artifacts.len() + planted.len()));
+    service.wait_metric(CORRUPT, planted.len() as f64);
+    let quiet = planted.iter().filter(|(_, rot)| matches!(rot, Rot::Flip | Rot::Swap)).count();
+    service.wait_metric(HEALED, quiet as f64);
+    figures("verified reads", planted.len(), service.metric(CORRUPT), wrong, planted.len() as f64);
+}
+
+#[test]
+fn a_pipe_or_socket_in_a_blobs_place_heals_and_hangs_nobody() {
+    let up = Upstream::start();
+    let service = Service::new().start();
+    let content = Content::new(70_900, 50_000);
+    let url = up.serve("/x", Reply::ok(&content));
+    service.fetch(&url).assert_ok(&content.bytes());
+    let blob = service.blob(&content.sha256());
+    for round in 0..2 {
+        match round {
+            0 => plant(Rot::Pipe, &blob, Path::new("")),
+            _ => {
+                fs::remove_file(&blob).unwrap();
+                // A socket's path must be short.
+                let here = service.service().dir().join("socket");
+                drop(std::os::unix::net::UnixListener::bind(&here).unwrap());
+                fs::rename(here, &blob).unwrap();
+            }
+        }
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    }
+    assert_eq!((service.metric(CORRUPT), quarantined(&service)), (2.0, 2));
+}
+
+#[test]
+fn another_content_never_takes_a_lost_ones_place() {
+    let up = Upstream::start();
+    let service = Service::new().start();
+    let content = Content::new(71_000, 50_000);
+    let gone = up.serve("/gone", Reply::ok(&content));
+    let changed = up.serve("/changed", Reply::ok(&content));
+    for url in [&gone, &changed] {
+        service.fetch(url).assert_ok(&content.bytes());
+    }
+    up.serve("/gone", Reply::new(404, Content::of(b"")));
+    up.serve("/changed", Reply::ok(&Content::new(71_001, 50_000)));
+    plant(Rot::Flip, &service.blob(&content.sha256()), Path::new(""));
+    a_month_later(&service);
+    service.wait_log("that it is lost", |line| {
+        line["level"] == "ERROR"
+            && line["msg"].as_str().is_some_and(|msg| msg.starts_with("lost file can't be fetched again"))
+    });
+    assert_eq!((up.count("/gone"), up.count("/changed")), (2, 2), "every URL was asked");
+    assert_eq!(service.metric(MISSING), 1.0);
+    assert_eq!((service.metric(CORRUPT), service.metric(HEALED)), (1.0, 0.0));
+    let named = format!("SELECT count(*) FROM artifacts WHERE content_hash = '{}'", content.sha256());
+    assert_eq!(service.count_rows(&named), 2, "both URLs still have what was recorded");
+    assert_eq!(service.count_rows("SELECT count(*) FROM versions"), 2, "and nothing else");
+    assert_eq!((service.blobs_on_disk(), quarantined(&service)), (0, 1));
+    service.fetch_sha(&gone, &content.sha256()).assert_error(502, "upstream_error");
+    assert_eq!(service.metric(CORRUPT), 1.0, "known to be missing, it is not found again");
+    // An operator puts it back, from a backup.
+    fs::write(service.blob(&content.sha256()), content.bytes()).unwrap();
+    assert_eq!(service.fetch(&gone).assert_ok(&content.bytes()).cache_status(), "HIT");
+    service.sqlite().execute("UPDATE blobs SET verified_at = datetime(verified_at, '-2 days')", []).unwrap();
+    service.wait_metric(MISSING, 0.0);
+    assert_eq!(service.stats()["unique_blobs"], 1);
+}
+
+#[test]
+fn a_scrub_goes_on_where_it_was_stopped() {
+    let up = Upstream::start();
+    // A rate at which it takes minutes.
+    let mut service = Service::new().env("JOBS__SCRUB_MAX_BYTES_PER_SECOND", "300KiB").start();
+    let artifacts = artifacts(&up, 64);
+    store(&service, &artifacts);
+    a_month_later(&service);
+    eventually("some are done", || (service.metric(SCRUBBED) >= 3.0).then_some(()));
+    service.term();
+    let left = "SELECT count(*) FROM blobs WHERE verified_at < datetime('now', '-1 day')";
+    let left = service.count_rows(left);
+    assert!((1..=61).contains(&left), "it was stopped in between: {left} left");
+    let again = service.again().env("JOBS__SCRUB_MAX_BYTES_PER_SECOND", "1GiB").start();
+    again.wait_metric(SCRUBBED, left as f64);
+}
+
+#[test]
+fn without_a_period_nothing_is_read_unless_it_is_asked_for() {
+    let up = Upstream::start();
+    let service = Service::new().env("JOBS__SCRUB_PERIOD_DAYS", "0").start();
+    let artifacts = artifacts(&up, 3);
+    store(&service, &artifacts);
+    a_month_later(&service);
+    let asked =
+        format!("UPDATE blobs SET verified_at = NULL WHERE content_hash = '{}'", artifacts[1].1.sha256());
+    service.sqlite().execute(&asked, []).unwrap();
+    let noted = "SELECT count(*) FROM blobs WHERE verified_at > datetime('now', '-1 day')";
+    eventually("it is read", || (service.count_rows(noted) == 1).then_some(()));
+    assert_eq!(service.metric(SCRUBBED), 1.0);
+}
+
+#[test]
+fn an_unmounted_disk_is_no_rot() {
+    let up = Upstream::start();
+    let service = Service::new().env("JOBS__SCRUB_MAX_BYTES_PER_SECOND", "1GiB").start();
+    let artifacts = artifacts(&up, 80);
+    store(&service, &artifacts);
+    let aside = service.service().dir().join("unmounted");
+    fs::create_dir(&aside).unwrap();
+    for entry in fs::read_dir(service.service().base_path()).unwrap().flatten() {
+        if entry.file_name().len() == 2 {
+            fs::rename(entry.path(), aside.join(entry.file_name())).unwrap();
+        }
+    }
+    a_month_later(&service);
+    service.wait_log("the pause", |line| {
+        line["msg"].as_str().is_some_and(|msg| msg.contains("is the disk of storage.base_path all there?"))
+    });
+    assert_eq!(service.metric(CORRUPT), 32.0, "it stops before it has fetched everything again");
+}
+
+#[test]
+fn a_file_where_a_directory_should_be_is_set_aside() {
+    let up = Upstream::start();
+    let service = Service::new().start();
+    let content = Content::new(72_000, 5_000);
+    let (url, sha256) = (up.serve("/x", Reply::ok(&content)), content.sha256());
+    let outer = service.service().base_path().join(&sha256[..2]);
+    let inner = outer.join(&sha256[2..4]);
+    // Of what was never stored, and of what is stored already; a link to nowhere is no directory either.
+    for (round, place) in [&outer, &inner, &outer, &inner].into_iter().enumerate() {
+        let _ = fs::remove_dir_all(place);
+        if place == &inner {
+            fs::create_dir_all(&outer).unwrap();
+        }
+        if round < 2 {
+            fs::write(place, "a note").unwrap()
+        } else {
+            symlink("nowhere", place).unwrap()
+        }
+        let answer = service.fetch(&url);
+        assert_eq!(answer.assert_ok(&content.bytes()).cache_status(), "MISS", "round {round}");
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+        assert_eq!(quarantined(&service), round + 1);
+    }
+    // A directory in the place of a blob that nobody knows.
+    let new = Content::new(72_001, 5_000);
+    fs::create_dir_all(service.blob(&new.sha256())).unwrap();
+    service.fetch(&up.serve("/new", Reply::ok(&new))).assert_ok(&new.bytes());
+    assert_eq!(quarantined(&service), 5);
+}
+
+#[test]
+fn verified_reading_breaks_off_before_the_end_and_heals() {
+    let up = Upstream::start();
+    let service = Service::new().env("STORAGE__VERIFY_ON_READ", "true").start();
+    for (n, size) in [1, 3_000, 70_000, 2_000_000].into_iter().enumerate() {
+        let content = Content::new(73_000 + n as u64, size);
+        let url = up.serve(&format!("/v{n}"), Reply::ok(&content));
+        service.fetch(&url).assert_ok(&content.bytes());
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+        plant(Rot::Flip, &service.blob(&content.sha256()), Path::new(""));
+        let mut client = service.connect();
+        client.request("GET", &fetch_target(&url), &[]);
+        // Of what is no longer than the tail not even a head need come.
+        if let Ok(head) = client.try_head() {
+            let answer = client.body("GET", &head);
+            assert_eq!((answer.status, answer.end), (200, End::Reset), "{size} bytes");
+            assert!(answer.body.len() as u64 <= size.saturating_sub(65_536), "the tail is held back");
+        }
+        eventually("it is healed", || (service.metric(HEALED) == n as f64 + 1.0).then_some(()));
+        assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+        assert_eq!((service.metric(CORRUPT), quarantined(&service)), (n as f64 + 1.0, n + 1));
+    }
+    service.wait_metric("artifact_cache_errors_total{code=\"internal_error\"}", 4.0);
+}
