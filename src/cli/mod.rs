@@ -1,14 +1,20 @@
 //! The command line, and the only place where the parts are put together.
 
+mod client;
+mod get;
+mod health;
 mod serve;
+mod stats;
 
 use std::{
     error::Error,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::{Args, Parser, Subcommand};
+use url::Url;
 
 use crate::config::{self, Config};
 
@@ -44,6 +50,15 @@ Examples:
 enum Verb {
     /// Run the service (also when no command is given)
     Serve,
+    /// Fetch an artifact through a running service: with progress, resumed and verified
+    #[command(after_help = get::HELP)]
+    Get(get::GetArgs),
+    /// Ask a running service how it is
+    #[command(after_help = health::HELP)]
+    Health(health::HealthArgs),
+    /// Show how much a running service holds and has served
+    #[command(after_help = stats::HELP)]
+    Stats(stats::StatsArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -64,6 +79,30 @@ impl ConfigArgs {
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
         Ok((Config::load(file.as_deref(), env)?, file))
     }
+
+    /// Where the service of this configuration answers, seen from this machine.
+    fn service(&self) -> Result<Url, String> {
+        let (config, _) = self.load().map_err(|error| error.to_string())?;
+        service_url(config.server.host, config.server.port)
+    }
+}
+
+/// Where a listener of this machine is reached from here.
+///
+/// # Errors
+/// A port that the system chose, which nobody but the service knows.
+fn service_url(host: IpAddr, port: u16) -> Result<Url, String> {
+    let host: IpAddr = match host {
+        IpAddr::V4(any) if any.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(any) if any.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        host => host,
+    };
+    if port == 0 {
+        return Err(
+            "server.port is 0, so the system chose one: name it with --server http://HOST:PORT".to_owned()
+        );
+    }
+    Url::parse(&format!("http://{}", SocketAddr::new(host, port))).map_err(|error| error.to_string())
 }
 
 /// Runs what the command line says. 0: done; 1: it failed, and standard error says why; 2: the command line is wrong;
@@ -72,6 +111,9 @@ pub fn run() -> ExitCode {
     let Cli { verb, config } = Cli::parse();
     let done = match verb {
         None | Some(Verb::Serve) => serve::serve(&config),
+        Some(Verb::Get(args)) => get::get(&args),
+        Some(Verb::Health(args)) => health::health(&args, &config),
+        Some(Verb::Stats(args)) => stats::stats(&args, &config),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));

@@ -12,6 +12,7 @@ mod crash;
 mod errors;
 mod fetch;
 mod framing;
+mod get;
 mod guard;
 mod hardship;
 mod health;
