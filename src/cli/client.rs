@@ -36,10 +36,10 @@ const MAX_TEXT_BYTES: usize = 4 << 20;
 #[derive(Debug, Clone, Args)]
 pub(super) struct ServerArgs {
     /// The running service, such as https://artifactcache.lan
-    #[arg(long, value_name = "URL", env = "ARTIFACT_CACHE_SERVER", value_parser = server_url)]
+    #[arg(long, value_name = "URL", env = "ARTIFACT_CACHE_SERVER", hide_env_values = true, value_parser = server_url)]
     pub(super) server: Option<Url>,
     /// PEM file of a certificate authority to trust beside the system's, for a https:// server
-    #[arg(long, value_name = "FILE", env = "ARTIFACT_CACHE_CA_FILE")]
+    #[arg(long, value_name = "FILE", env = "ARTIFACT_CACHE_CA_FILE", hide_env_values = true)]
     pub(super) ca_file: Option<PathBuf>,
 }
 
@@ -107,7 +107,7 @@ impl Client {
         headers: HeaderMap,
         patience: Duration,
     ) -> Result<Answer, Unreachable> {
-        let (mut requests, driver, addresses) = match timeout(CONNECT_TIMEOUT, self.connect()).await {
+        let (mut requests, driver, ours) = match timeout(CONNECT_TIMEOUT, self.connect()).await {
             Ok(connected) => connected.map_err(|cause| self.unreachable(cause))?,
             Err(_) => return Err(self.unreachable(format!("no connection within {CONNECT_TIMEOUT:?}"))),
         };
@@ -132,19 +132,19 @@ impl Client {
         if let (301 | 302 | 307 | 308, Some(to)) = (head.status.as_u16(), text(&head, &header::LOCATION)) {
             return Err(self.unreachable(format!("it redirects to {to}; name that server with --server")));
         }
-        Ok(Answer { head, addresses, body, patience, _driver: driver })
+        Ok(Answer { head, ours, body, patience, _driver: driver })
     }
 
     /// GET of a small answer: its status, its head and its whole text.
     pub(super) async fn read(&self, target: &str, headers: HeaderMap) -> Result<Text, Unreachable> {
         let answer = self.ask(Method::GET, target, headers, ANSWER_TIMEOUT).await?;
-        let (head, addresses) = (answer.head, answer.addresses);
+        let (head, ours) = (answer.head, answer.ours);
         let whole = timeout(ANSWER_TIMEOUT, Limited::new(answer.body, MAX_TEXT_BYTES).collect()).await;
         let bytes = match whole {
             Ok(bytes) => bytes.map_err(|cause| self.unreachable(innermost(&*cause)))?.to_bytes(),
             Err(_) => return Err(self.unreachable(format!("no answer within {ANSWER_TIMEOUT:?}"))),
         };
-        Ok(Text { head, addresses, text: String::from_utf8_lossy(&bytes).into_owned() })
+        Ok(Text { head, ours, text: String::from_utf8_lossy(&bytes).into_owned() })
     }
 
     /// GET of a JSON answer, whatever its status.
@@ -160,10 +160,7 @@ impl Client {
         // Blocking is right here: there is nothing else to do meanwhile.
         let found = self.base.socket_addrs(|| None).map_err(|cause| cause.to_string())?;
         let tcp = TcpStream::connect(&found[..]).await.map_err(|cause| cause.to_string())?;
-        let addresses = Addresses {
-            ours: tcp.local_addr().map_err(|cause| cause.to_string())?,
-            theirs: tcp.peer_addr().map_err(|cause| cause.to_string())?,
-        };
+        let ours = tcp.local_addr().map_err(|cause| cause.to_string())?;
         let stream: Box<dyn Stream> = match &self.tls {
             None => Box::new(tcp),
             Some(tls) => Box::new(tls.connect(self.name()?, tcp).await.map_err(|cause| explain_tls(&cause))?),
@@ -174,7 +171,7 @@ impl Client {
             // Its errors reach whoever waits for the answer.
             let _ = driver.await;
         });
-        Ok((requests, AbortOnDropHandle::new(driver), addresses))
+        Ok((requests, AbortOnDropHandle::new(driver), ours))
     }
 
     fn name(&self) -> Result<ServerName<'static>, String> {
@@ -187,19 +184,12 @@ impl Client {
     }
 }
 
-type Connected = (http1::SendRequest<Empty<Bytes>>, AbortOnDropHandle<()>, Addresses);
-
-/// The two ends of a connection.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Addresses {
-    pub(super) ours: SocketAddr,
-    pub(super) theirs: SocketAddr,
-}
+type Connected = (http1::SendRequest<Empty<Bytes>>, AbortOnDropHandle<()>, SocketAddr);
 
 /// An answer whose body is still to come.
 pub(super) struct Answer {
     pub(super) head: response::Parts,
-    addresses: Addresses,
+    ours: SocketAddr,
     body: Incoming,
     patience: Duration,
     _driver: AbortOnDropHandle<()>,
@@ -236,7 +226,8 @@ impl Answer {
 /// A small answer.
 pub(super) struct Text {
     pub(super) head: response::Parts,
-    pub(super) addresses: Addresses,
+    /// This end of the connection.
+    pub(super) ours: SocketAddr,
     pub(super) text: String,
 }
 

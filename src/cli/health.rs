@@ -3,8 +3,9 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use serde_json::Value;
 
-use super::{ConfigArgs, Outcome, client::ServerArgs};
+use super::{ConfigArgs, Outcome, client::ServerArgs, print};
 
 pub(super) const HELP: &str = "\
 Examples:
@@ -32,15 +33,14 @@ pub(super) fn health(args: &HealthArgs, config: &ConfigArgs) -> Outcome {
     let client = args.server.client(|| config.service())?;
     let (head, answer) = super::client::block_on(client.json("/health"))??;
     let word = answer["status"].as_str().unwrap_or("no status, so it is no artifact-cache");
-    if args.json {
-        println!("{answer}");
-    } else {
-        println!("{word}");
-        let checks = answer["checks"].as_object();
-        for (check, verdict) in checks.into_iter().flatten() {
-            println!("  {check}: {}", verdict.as_str().unwrap_or_default());
-        }
-    }
+    print(&if args.json { format!("{answer}\n") } else { text(word, &answer) })?;
     let fine = head.status.is_success() && matches!(word, "healthy" | "degraded");
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn text(word: &str, answer: &Value) -> String {
+    let checks = answer["checks"].as_object().into_iter().flatten();
+    let lines =
+        checks.map(|(check, verdict)| format!("  {check}: {}\n", verdict.as_str().unwrap_or_default()));
+    format!("{word}\n") + &lines.collect::<String>()
 }

@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::{BinaryBytes, HumanCount};
 use serde_json::Value;
 
-use super::{ConfigArgs, Outcome, client::ServerArgs};
+use super::{ConfigArgs, Outcome, client::ServerArgs, print};
 
 pub(super) const HELP: &str = "\
 Examples:
@@ -34,11 +34,7 @@ pub(super) fn stats(args: &StatsArgs, config: &ConfigArgs) -> Outcome {
     if !head.status.is_success() {
         return Err(answer["message"].as_str().unwrap_or("the service gave no numbers").into());
     }
-    if args.json {
-        println!("{answer}");
-    } else {
-        print!("{}", table(&answer));
-    }
+    print(&if args.json { format!("{answer}\n") } else { table(&answer) })?;
     Ok(ExitCode::SUCCESS)
 }
 

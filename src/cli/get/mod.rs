@@ -82,7 +82,7 @@ fn seconds() -> impl TypedValueParser<Value = Duration> {
 pub(super) fn get(args: &GetArgs) -> Outcome {
     let outcome = fetch(args);
     if args.json {
-        println!("{}", report(&args.url, &outcome));
+        super::print(&format!("{}\n", report(&args.url, &outcome)))?;
     }
     Ok(match outcome {
         Ok(_) => ExitCode::SUCCESS,
