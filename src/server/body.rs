@@ -4,7 +4,7 @@
 use std::{
     collections::VecDeque,
     io::IoSlice,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -252,8 +252,11 @@ impl http_body::Body for ResponseBody {
         }
         if this.turn_bytes >= TURN_BYTES {
             this.turn_bytes = 0;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+            // Not by waking itself: the worker would only look at sockets again after 61 such turns, which is up to
+            // 80 ms for whoever has just asked. This wakes after the worker has looked.
+            if pin!(tokio::task::yield_now()).poll(cx).is_pending() {
+                return Poll::Pending;
+            }
         }
         let given = match (&mut this.kind, &mut this.ending.served) {
             (Kind::Full(bytes), _) => {
