@@ -20,7 +20,7 @@ mod verify;
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc, PoisonError,
@@ -425,6 +425,23 @@ impl Blobs {
     fn shard(&self, digest: Digest) -> MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether renaming into place can be atomic, judged from outside: what there is of the store's own directories must lie
+/// on the store's file system.
+pub fn check_file_system(base: &Path) -> Result<(), OpenError> {
+    for dir in [SPOOL_DIR, QUARANTINE_DIR].map(|name| base.join(name)) {
+        match (fs::metadata(&dir), fs::metadata(base)) {
+            (Ok(inner), Ok(outer)) if inner.dev() != outer.dev() => {
+                return Err(OpenError::OtherFileSystem { path: dir });
+            }
+            (Err(cause), _) if cause.kind() != io::ErrorKind::NotFound => {
+                return Err(OpenError::Io { path: dir, cause });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Where a blob is, or would be, in a store at `base`.

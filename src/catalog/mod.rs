@@ -11,6 +11,7 @@
 
 mod deletion;
 mod detached;
+mod examine;
 mod integrity;
 pub mod snapshots;
 mod sqlite;
@@ -34,8 +35,10 @@ use crate::{
 };
 pub use deletion::{Deleted, Editor, Removed};
 pub use detached::{CopyError, Detached, RecordedBlob};
+pub use examine::{Examined, examine};
 use integrity::Finding;
 pub use integrity::{Blob, Inspection};
+pub use sqlite::network_file_system;
 use writer::Writer;
 
 /// One content of one URL, published and durable, to be recorded.

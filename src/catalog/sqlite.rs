@@ -45,8 +45,8 @@ pub(super) fn lock(database: &Path) -> Result<File, OpenError> {
     }
 }
 
-/// See statfs(2) for the numbers.
-fn network_file_system(file: &File) -> Option<&'static str> {
+/// The network file system that a file or directory lies on, if it does. See statfs(2) for the numbers.
+pub fn network_file_system(file: &File) -> Option<&'static str> {
     match rustix::fs::fstatfs(file).ok()?.f_type as u32 {
         0x6969 => Some("NFS"),
         0x517b | 0xff53_4d42 | 0xfe53_4d42 => Some("SMB"),
@@ -78,12 +78,12 @@ pub(super) fn open(path: &Path) -> Result<(Connection, bool), OpenError> {
 }
 
 /// Nobody has made anything in it yet.
-fn is_empty(db: &Connection) -> rusqlite::Result<bool> {
+pub(super) fn is_empty(db: &Connection) -> rusqlite::Result<bool> {
     db.prepare("SELECT 1 FROM sqlite_schema")?.exists([]).map(|has_tables| !has_tables)
 }
 
 /// Why SQLite won't open it, with the newest snapshot where one can help.
-fn refused(path: &Path, cause: rusqlite::Error) -> OpenError {
+pub(super) fn refused(path: &Path, cause: rusqlite::Error) -> OpenError {
     let path = path.to_owned();
     match cause.sqlite_error_code() {
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
@@ -95,10 +95,10 @@ fn refused(path: &Path, cause: rusqlite::Error) -> OpenError {
 }
 
 /// How many of the migrations a database has seen, if they are all known here.
-fn schema_version(db: &Connection, path: &Path) -> Result<i64, OpenError> {
+pub(super) fn schema_version(db: &Connection, path: &Path) -> Result<i64, OpenError> {
     let found: i64 =
         db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(|cause| refused(path, cause))?;
-    let known = MIGRATIONS.len() as i64;
+    let known = known_schema();
     match found > known {
         true => Err(OpenError::Newer { path: path.to_owned(), found, known }),
         false => Ok(found),
@@ -131,11 +131,16 @@ pub(super) fn open_beside(path: &Path) -> Result<Connection, OpenError> {
     }
     let db = open_existing(path).map_err(|cause| refused(path, cause))?;
     check_schema(&db, path)?;
-    let (found, known) = (schema_version(&db, path)?, MIGRATIONS.len() as i64);
+    let (found, known) = (schema_version(&db, path)?, known_schema());
     match found < known {
         true => Err(OpenError::Older { path: path.to_owned(), found, known }),
         false => Ok(db),
     }
+}
+
+/// The newest schema that this program knows.
+pub(super) fn known_schema() -> i64 {
+    MIGRATIONS.len() as i64
 }
 
 /// Writes the whole database to a new file, in the state of one moment.

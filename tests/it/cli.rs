@@ -18,8 +18,16 @@ fn help() {
     for args in [
         &["--help"][..],
         &["serve", "--help"],
+        &["get", "--help"],
+        &["health", "--help"],
+        &["stats", "--help"],
+        &["config", "--help"],
+        &["doctor", "--help"],
+        &["completions", "--help"],
+        &["man", "--help"],
         &["backup", "--help"],
         &["restore", "--help"],
+        &["delete", "--help"],
         &["verify", "--help"],
     ] {
         let output = run(args);
