@@ -33,7 +33,7 @@ const BATCH: usize = 256;
 
 enum Command {
     Record(Box<Record>, oneshot::Sender<Result<Recorded, Error>>),
-    Note(Vec<Digest>, Finding, oneshot::Sender<Result<(), Error>>),
+    Note(Vec<Digest>, Finding, oneshot::Sender<Result<usize, Error>>),
     Checkpoint(oneshot::Sender<()>),
 }
 
@@ -68,7 +68,7 @@ impl Writer {
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
-    pub(super) async fn note(&self, blobs: Vec<Digest>, finding: Finding) -> Result<(), Error> {
+    pub(super) async fn note(&self, blobs: Vec<Digest>, finding: Finding) -> Result<usize, Error> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Note(blobs, finding, reply));
         answer.await.unwrap_or_else(|_| Err(stopped()))
