@@ -42,6 +42,8 @@ pub enum Checked {
 pub struct Loss {
     /// Continues "the stored file …".
     pub problem: String,
+    /// Nothing at all is there.
+    pub is_absent: bool,
     /// Which file was read, if it had the right kind and size.
     file: Option<Identity>,
 }
@@ -74,9 +76,11 @@ pub fn check(
     size: u64,
     go_on: &mut dyn FnMut(u64) -> bool,
 ) -> io::Result<Checked> {
-    let lost = |problem: String, file| Ok(Checked::Lost(Loss { problem, file }));
+    let lost = |problem: String, file| Ok(Checked::Lost(Loss { problem, is_absent: false, file }));
     match held(&place(base, digest), size)? {
-        Held::Missing => lost("is missing".to_owned(), None),
+        Held::Missing => {
+            Ok(Checked::Lost(Loss { problem: "is missing".to_owned(), is_absent: true, file: None }))
+        }
         Held::Damaged(problem) => lost(problem, None),
         Held::Whole(file) => {
             let identity = Some(Identity::of(&file)?);

@@ -193,7 +193,7 @@ impl Cache {
                 Found::Lost(version, problem) => (Some(version), problem),
                 _ => (None, String::new()),
             };
-            // Said and counted once, however often it is asked for until it is fetched again.
+            // Said once, however often it is asked for until it is fetched again.
             let is_news = lost.as_ref().is_some_and(|version| !self.is_known_missing(version.digest));
             let joined = self.inflight.join(want, lost);
             if joined.leads {
@@ -205,7 +205,6 @@ impl Cache {
                     continue;
                 }
                 if is_news {
-                    self.metrics.blobs_corrupt.inc();
                     tracing::warn!(
                         source_url = %want.url.masked(),
                         problem,
@@ -238,9 +237,11 @@ impl Cache {
         tokio::task::spawn_blocking(move || blobs.quarantine(version.digest, version.size)).await.map_err(
             |cause| Error::io("Failed to set damaged content aside", &std::io::Error::other(cause)),
         )??;
-        if let Err(error) = self.catalog.note_lost(version.digest).await {
+        match self.catalog.note_lost(version.digest).await {
+            Ok(true) => drop(self.metrics.blobs_corrupt.inc()),
+            Ok(false) => {}
             // The sums count it on; the record of what replaces it will put them right.
-            tracing::warn!(error = %error, "a lost blob could not be noted");
+            Err(error) => tracing::warn!(error = %error, "a lost blob could not be noted"),
         }
         Ok(())
     }

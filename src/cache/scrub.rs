@@ -81,9 +81,14 @@ impl Cache {
         };
         // Whoever looks it up from now on opens what is at its place.
         self.catalog.forget_remembered();
-        self.catalog.note_lost(blob.digest).await?;
+        let is_news = self.catalog.note_lost(blob.digest).await?;
         let urls = self.catalog.urls_of(blob.digest)?;
-        if !blob.is_missing {
+        if loss.is_absent && urls.is_empty() {
+            // Most likely an operator has removed the row and then the file. It must not look like a failing disk.
+            tracing::info!(sha256 = %blob.digest, "a stored file that no URL has any more is gone");
+            return Ok(Scrubbed::Changed);
+        }
+        if is_news {
             self.metrics.blobs_corrupt.inc();
             tracing::error!(
                 sha256 = %blob.digest,

@@ -31,6 +31,8 @@ pub(super) enum Finding {
     Found,
     /// It is not there, or was damaged and set aside.
     Lost,
+    /// The same, and it was known to be missing.
+    LostStill,
 }
 
 /// How long after a blob was found missing it is looked for again.
@@ -110,8 +112,9 @@ pub(super) fn count_missing(db: &Connection) -> rusqlite::Result<u64> {
     .map(|count| count.max(0) as u64)
 }
 
-/// Notes what came of looking at these blobs, now. What has got another state meanwhile is left alone.
-pub(super) fn note(db: &mut Connection, blobs: &[Digest], finding: Finding) -> rusqlite::Result<()> {
+/// Notes what came of looking at these blobs, now. What has got another state meanwhile is left alone;
+/// returns how many that leaves.
+pub(super) fn note(db: &mut Connection, blobs: &[Digest], finding: Finding) -> rusqlite::Result<usize> {
     let sql = match finding {
         Finding::Whole => {
             "UPDATE blobs SET verified_at = CURRENT_TIMESTAMP WHERE content_hash = ?1 AND state = 'present'"
@@ -122,19 +125,25 @@ pub(super) fn note(db: &mut Connection, blobs: &[Digest], finding: Finding) -> r
         }
         Finding::Lost => {
             "UPDATE blobs SET state = 'missing', verified_at = CURRENT_TIMESTAMP
-             WHERE content_hash = ?1 AND state <> 'deleted'"
+             WHERE content_hash = ?1 AND state = 'present'"
+        }
+        Finding::LostStill => {
+            "UPDATE blobs SET verified_at = CURRENT_TIMESTAMP WHERE content_hash = ?1 AND state = 'missing'"
         }
     };
     for_each(db, blobs, sql)
 }
 
-/// Executes a statement for each of these blobs, all in one transaction.
-fn for_each(db: &mut Connection, blobs: &[Digest], sql: &str) -> rusqlite::Result<()> {
+/// Executes a statement for each of these blobs, all in one transaction, and counts the rows that it changes.
+fn for_each(db: &mut Connection, blobs: &[Digest], sql: &str) -> rusqlite::Result<usize> {
     let tx = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let mut statement = tx.prepare_cached(sql)?;
-    blobs.iter().try_for_each(|digest| statement.execute([hash_text(*digest)]).map(drop))?;
+    let mut changed = 0;
+    for digest in blobs {
+        changed += statement.execute([hash_text(*digest)])?;
+    }
     drop(statement);
-    tx.commit()
+    tx.commit().map(|()| changed)
 }
 
 /// The catalogue as `verify` reads it, beside a service that may be running. It takes no lock of its own.
@@ -195,13 +204,14 @@ impl Inspection {
     pub fn note_whole(&mut self, blobs: &[Digest]) -> Result<(), Error> {
         [Finding::Whole, Finding::Found]
             .into_iter()
-            .try_for_each(|finding| note(&mut self.0, blobs, finding))
+            .try_for_each(|finding| note(&mut self.0, blobs, finding).map(drop))
             .map_err(|cause| write_failed(&cause))
     }
 
     /// Asks the running service to look at these blobs itself, and to mend what it finds.
     pub fn ask_for(&mut self, blobs: &[Digest]) -> Result<(), Error> {
         for_each(&mut self.0, blobs, "UPDATE blobs SET verified_at = NULL WHERE content_hash = ?1")
+            .map(drop)
             .map_err(|cause| write_failed(&cause))
     }
 }

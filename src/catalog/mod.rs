@@ -313,19 +313,23 @@ impl Catalog {
         self.writer.mark_swept(blobs).await
     }
 
-    /// Notes that a blob was found gone or damaged, so that the sums no longer count it and it is looked for again.
-    pub async fn note_lost(&self, digest: Digest) -> Result<(), Error> {
-        self.writer.note(vec![digest], Finding::Lost).await
+    /// Notes that a blob was found gone or damaged, so that the sums no longer count it and it is looked for again. Says
+    /// whether that is news, which it is for one caller of several.
+    pub async fn note_lost(&self, digest: Digest) -> Result<bool, Error> {
+        if self.writer.note(vec![digest], Finding::Lost).await? > 0 {
+            return Ok(true);
+        }
+        self.writer.note(vec![digest], Finding::LostStill).await.map(|_| false)
     }
 
     /// Notes that a blob that was known to be missing was read just now and is what its name says.
     pub async fn note_found(&self, digest: Digest) -> Result<(), Error> {
-        self.writer.note(vec![digest], Finding::Found).await
+        self.writer.note(vec![digest], Finding::Found).await.map(drop)
     }
 
     /// Notes that these blobs were read just now and are what their names say.
     pub async fn note_whole(&self, blobs: Vec<Digest>) -> Result<(), Error> {
-        self.writer.note(blobs, Finding::Whole).await
+        self.writer.note(blobs, Finding::Whole).await.map(drop)
     }
 
     /// The blobs to be read next, `limit` at most: what was asked for, what is missing for another day, then what was

@@ -36,7 +36,7 @@ type Claim = Box<dyn Send>;
 
 enum Command {
     Record(Box<Record>, Claim, oneshot::Sender<Result<Recorded, Error>>),
-    Note(Vec<Digest>, Finding, oneshot::Sender<Result<(), Error>>),
+    Note(Vec<Digest>, Finding, oneshot::Sender<Result<usize, Error>>),
     MarkSwept(Vec<Deleted>, oneshot::Sender<Result<(), Error>>),
     Checkpoint(oneshot::Sender<()>),
 }
@@ -78,7 +78,7 @@ impl Writer {
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
-    pub(super) async fn note(&self, blobs: Vec<Digest>, finding: Finding) -> Result<(), Error> {
+    pub(super) async fn note(&self, blobs: Vec<Digest>, finding: Finding) -> Result<usize, Error> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Note(blobs, finding, reply));
         answer.await.unwrap_or_else(|_| Err(stopped()))

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{ConfigArgs, Outcome};
 use crate::{
     artifact::Digest,
-    blobs::{self, Blobs, Checked},
+    blobs::{self, Blobs, Checked, Loss},
     cache::{Cache, Scrubbed},
     catalog::{Blob, Catalog, Inspection},
     config::{self, Config},
@@ -156,7 +156,7 @@ struct Report {
     left: usize,
     read_bytes: u64,
     damaged: Vec<Damage>,
-    /// Known to be missing, and no URL has that content now: nothing can be done and nobody asks for it.
+    /// Missing, and no URL has that content now: nothing can be done and nobody asks for it.
     lost_versions: usize,
     orphans: usize,
 }
@@ -198,13 +198,18 @@ fn look(args: &VerifyArgs, base: &Path, inspection: &mut Inspection) -> Result<R
                 report.whole += 1;
                 whole.push(blob.digest);
             }
-            Some(problem) => {
+            Some(loss) => {
                 let urls = inspection.urls(blob.digest)?;
                 let is_deleted = || Ok::<_, Error>(inspection.find(blob.digest)?.is_none());
                 match urls.is_empty() {
-                    true if blob.is_missing => report.lost_versions += 1,
+                    true if blob.is_missing || loss.is_absent => report.lost_versions += 1,
                     true if is_deleted()? => report.chosen -= 1,
-                    _ => report.damaged.push(Damage { blob: *blob, problem, urls, fate: Fate::Left }),
+                    _ => report.damaged.push(Damage {
+                        blob: *blob,
+                        problem: loss.problem,
+                        urls,
+                        fate: Fate::Left,
+                    }),
                 }
             }
         }
@@ -254,7 +259,7 @@ fn problem(
     inspection: &Inspection,
     read_bytes: &mut u64,
     progress: &ProgressBar,
-) -> Result<Option<String>, Error> {
+) -> Result<Option<Loss>, Error> {
     let mut look = || {
         let mut count = |bytes| {
             *read_bytes += bytes;
@@ -266,10 +271,10 @@ fn problem(
     };
     let Checked::Lost(first) = look()? else { return Ok(None) };
     if inspection.find(blob.digest)?.is_none_or(|now| now.is_missing) {
-        return Ok(Some(first.problem));
+        return Ok(Some(first));
     }
     Ok(match look()? {
-        Checked::Lost(second) => Some(second.problem),
+        Checked::Lost(second) => Some(second),
         Checked::Whole | Checked::Stopped => None,
     })
 }

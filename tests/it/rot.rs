@@ -261,6 +261,22 @@ fn without_a_period_nothing_is_read_unless_it_is_asked_for() {
 }
 
 #[test]
+fn what_an_operator_removed_with_its_row_is_no_rot() {
+    let up = Upstream::start();
+    let service = Service::new().start();
+    let artifacts = artifacts(&up, 2);
+    store(&service, &artifacts);
+    service.sqlite().execute("DELETE FROM artifacts WHERE source_url = ?1", [&artifacts[0].0]).unwrap();
+    fs::remove_file(service.blob(&artifacts[0].1.sha256())).unwrap();
+    a_month_later(&service);
+    service.wait_metric(SCRUBBED, 2.0);
+    eventually("it is noted", || (service.stats()["unique_blobs"] == 1).then_some(()));
+    assert_eq!((service.metric(CORRUPT), service.metric(MISSING)), (0.0, 0.0));
+    let (code, report) = crate::verify::verify(&service, &[]);
+    assert_eq!((code, &report["lost_versions"]), (0, &1.into()), "{report}");
+}
+
+#[test]
 fn an_unmounted_disk_is_no_rot() {
     let up = Upstream::start();
     let service = Service::new().env("JOBS__SCRUB_MAX_BYTES_PER_SECOND", "1GiB").start();

@@ -25,7 +25,7 @@ fn filled(up: &Upstream, service: Service) -> (Running, Vec<(String, Content)>) 
 
 /// Exit code and the report.
 #[track_caller]
-fn verify(service: &Running, options: &[&str]) -> (i32, Value) {
+pub fn verify(service: &Running, options: &[&str]) -> (i32, Value) {
     let output = service.service().command(&[&["verify", "--json"], options].concat()).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {stderr}"));
