@@ -1,6 +1,7 @@
 //! The command line, and the only place where the parts are put together.
 
 mod serve;
+mod systemd;
 
 use std::{
     error::Error,
