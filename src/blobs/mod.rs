@@ -23,7 +23,11 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-use crate::{artifact::Digest, config::Storage, error::Error};
+use crate::{
+    artifact::Digest,
+    config::Storage,
+    error::{Error, cure_for_path},
+};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
 
@@ -39,7 +43,7 @@ const SPOOL_POOL_BYTES: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A directory or file can't be made or used.
-    #[error("can't use storage.base_path: {path}: {cause}{}", hint(cause))]
+    #[error("can't use storage.base_path: {path}: {cause}{}", cure_for_path(path))]
     Io {
         /// The path that failed.
         path: PathBuf,
@@ -58,17 +62,6 @@ pub enum OpenError {
         /// The spool directory.
         path: PathBuf,
     },
-}
-
-fn hint(cause: &io::Error) -> String {
-    match cause.kind() {
-        io::ErrorKind::PermissionDenied => {
-            let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-            format!("; the service runs as {uid}:{gid} and must own it: chown -R {uid}:{gid} THAT_DIRECTORY")
-        }
-        io::ErrorKind::ReadOnlyFilesystem => "; mount it writable".to_owned(),
-        _ => String::new(),
-    }
 }
 
 /// A blob that survives a power cut from now on.

@@ -25,7 +25,7 @@ use rusqlite::Connection;
 
 use crate::{
     artifact::{Digest, Version},
-    error::Error,
+    error::{Error, cure_for_path},
 };
 use writer::Writer;
 
@@ -75,7 +75,7 @@ pub struct Totals {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// SQLite refuses.
-    #[error("can't open the database {path}: {cause}")]
+    #[error("can't open the database {path}: {cause}{}", cure_for_path(path))]
     Sqlite {
         /// `storage.database`.
         path: PathBuf,
@@ -83,7 +83,7 @@ pub enum OpenError {
         cause: rusqlite::Error,
     },
     /// The directory or the lock file can't be made.
-    #[error("can't open the database {path}: {cause}")]
+    #[error("can't open the database {path}: {cause}{}", cure_for_path(path))]
     Io {
         /// `storage.database`, or the lock beside it.
         path: PathBuf,

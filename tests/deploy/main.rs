@@ -16,5 +16,11 @@ mod proxies;
 #[path = "../clients/support.rs"]
 mod support;
 
+mod container;
 mod fronts;
 mod service_manager;
+
+/// The repository.
+pub fn root() -> &'static std::path::Path {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+}
