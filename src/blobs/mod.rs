@@ -131,13 +131,7 @@ impl Blobs {
             Err(TryLockError::WouldBlock) => return Err(OpenError::Locked { path: base }),
             Err(TryLockError::Error(cause)) => return Err(failed(&lock_path)(cause)),
         }
-        for dir in [&spool, &quarantine] {
-            if fs::metadata(dir).map_err(failed(dir))?.dev()
-                != fs::metadata(&base).map_err(failed(&base))?.dev()
-            {
-                return Err(OpenError::OtherFileSystem { path: dir.clone() });
-            }
-        }
+        check_file_system(&base)?;
         // Proves that it can be written before the first client has to find out.
         let probe = spool.join("probe");
         fs::write(&probe, b"").map_err(failed(&probe))?;
@@ -319,6 +313,23 @@ impl Blobs {
     fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes sure that renaming into place is atomic: what there is of the store's own directories must lie on the store's
+/// file system.
+pub fn check_file_system(base: &Path) -> Result<(), OpenError> {
+    for dir in [SPOOL_DIR, QUARANTINE_DIR].map(|name| base.join(name)) {
+        match (fs::metadata(&dir), fs::metadata(base)) {
+            (Ok(inner), Ok(outer)) if inner.dev() != outer.dev() => {
+                return Err(OpenError::OtherFileSystem { path: dir });
+            }
+            (Err(cause), _) if cause.kind() != io::ErrorKind::NotFound => {
+                return Err(OpenError::Io { path: dir, cause });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

@@ -9,6 +9,7 @@
 //! Reads run on the calling thread (about 4 µs; handing them to another thread costs ten times that). All writes go
 //! through one thread that puts everything waiting into one transaction.
 
+mod examine;
 mod sqlite;
 mod writer;
 
@@ -27,6 +28,8 @@ use crate::{
     artifact::{Digest, Version},
     error::{Error, cure_for_path},
 };
+pub use examine::{Examined, examine};
+pub use sqlite::network_file_system;
 use writer::Writer;
 
 /// One content of one URL, published and durable, to be recorded.

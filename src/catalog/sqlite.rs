@@ -42,8 +42,8 @@ pub(super) fn lock(database: &Path) -> Result<File, OpenError> {
     }
 }
 
-/// See statfs(2) for the numbers.
-fn network_file_system(file: &File) -> Option<&'static str> {
+/// The network file system that a file or directory lies on, if it does. See statfs(2) for the numbers.
+pub fn network_file_system(file: &File) -> Option<&'static str> {
     match rustix::fs::fstatfs(file).ok()?.f_type as u32 {
         0x6969 => Some("NFS"),
         0x517b | 0xff53_4d42 | 0xfe53_4d42 => Some("SMB"),
@@ -61,7 +61,7 @@ pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
     .map_err(sqlite)?;
     set_up(&db).map_err(sqlite)?;
     let found: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(sqlite)?;
-    let known = MIGRATIONS.len() as i64;
+    let known = known_schema();
     if found > known {
         return Err(OpenError::Newer { path: path.to_owned(), found, known });
     }
@@ -73,6 +73,11 @@ pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
         step.commit().map_err(sqlite)?;
     }
     Ok(db)
+}
+
+/// The newest schema that this program knows.
+pub(super) fn known_schema() -> i64 {
+    MIGRATIONS.len() as i64
 }
 
 /// Opens a connection that only reads.

@@ -1,17 +1,28 @@
 //! The command line, and the only place where the parts are put together.
 
+mod client;
+mod completions;
+mod config;
+mod doctor;
+mod get;
+mod health;
+mod man;
 mod serve;
+mod stats;
 mod systemd;
 
 use std::{
     error::Error,
+    io::{self, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use clap::{Args, Parser, Subcommand};
+use url::Url;
 
-use crate::config::{self, Config};
+use crate::config::{Config, ConfigError};
 
 /// Read when it is there and no other file is named.
 const DEFAULT_CONFIG: &str = "config.yaml";
@@ -45,6 +56,27 @@ Examples:
 enum Verb {
     /// Run the service (also when no command is given)
     Serve,
+    /// Fetch an artifact through a running service: with progress, resumed and verified
+    #[command(after_help = get::HELP)]
+    Get(get::GetArgs),
+    /// Ask a running service how it is
+    #[command(after_help = health::HELP)]
+    Health(health::HealthArgs),
+    /// Show how much a running service holds and has served
+    #[command(after_help = stats::HELP)]
+    Stats(stats::StatsArgs),
+    /// Look at a deployment and say what to do about what is wrong or risky
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::DoctorArgs),
+    /// Check the configuration, show what is in force and why, or print the example with all defaults
+    #[command(subcommand, after_help = config::HELP)]
+    Config(config::ConfigVerb),
+    /// Print the script with which a shell completes this program's commands and options
+    #[command(after_help = completions::HELP)]
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page, or write those of all commands
+    #[command(after_help = man::HELP)]
+    Man(man::ManArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -57,14 +89,54 @@ struct ConfigArgs {
 
 impl ConfigArgs {
     /// Reads the configuration, and says from which file it came.
-    fn load(&self) -> Result<(Config, Option<PathBuf>), config::ConfigError> {
-        let default = Path::new(DEFAULT_CONFIG);
-        let file = self.config.clone().or_else(|| default.exists().then(|| default.to_owned()));
-        // Variables that are not UTF-8 can't be ours.
-        let env = std::env::vars_os()
-            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-        Ok((Config::load(file.as_deref(), env)?, file))
+    fn load(&self) -> Result<(Config, Option<PathBuf>), ConfigError> {
+        let file = self.file();
+        Ok((Config::load(file.as_deref(), environment())?, file))
     }
+
+    /// The file that is read, if there is one.
+    fn file(&self) -> Option<PathBuf> {
+        let default = Path::new(DEFAULT_CONFIG);
+        self.config.clone().or_else(|| default.exists().then(|| default.to_owned()))
+    }
+
+    /// Where the service of this configuration answers, seen from this machine.
+    fn service(&self) -> Result<Url, String> {
+        let (config, _) = self.load().map_err(|error| error.to_string())?;
+        service_url(config.server.host, config.server.port)
+    }
+}
+
+/// Prints a verb's answer. A reader who has left, as `head` does, has seen enough.
+fn print(text: &str) -> io::Result<()> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(cause) if cause.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+/// The environment without what is not UTF-8, which can't be ours.
+fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
+/// Where a listener of this machine is reached from here.
+///
+/// # Errors
+/// A port that the system chose, which nobody but the service knows.
+fn service_url(host: IpAddr, port: u16) -> Result<Url, String> {
+    let host: IpAddr = match host {
+        IpAddr::V4(any) if any.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(any) if any.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        host => host,
+    };
+    if port == 0 {
+        return Err(
+            "server.port is 0, so the system chose one: name it with --server http://HOST:PORT".to_owned()
+        );
+    }
+    Url::parse(&format!("http://{}", SocketAddr::new(host, port))).map_err(|error| error.to_string())
 }
 
 /// Runs what the command line says. 0: done; 1: it failed, and standard error says why; 2: the command line is wrong;
@@ -73,6 +145,13 @@ pub fn run() -> ExitCode {
     let Cli { verb, config } = Cli::parse();
     let done = match verb {
         None | Some(Verb::Serve) => serve::serve(&config),
+        Some(Verb::Get(args)) => get::get(&args),
+        Some(Verb::Health(args)) => health::health(&args, &config),
+        Some(Verb::Stats(args)) => stats::stats(&args, &config),
+        Some(Verb::Doctor(args)) => doctor::doctor(&args, &config),
+        Some(Verb::Config(verb)) => config::run(&verb, &config),
+        Some(Verb::Completions(args)) => completions::completions(&args),
+        Some(Verb::Man(args)) => man::man(&args),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));

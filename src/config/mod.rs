@@ -1,5 +1,6 @@
 //! The configuration: built-in defaults, over them a YAML file, over that the environment; checked once, then fixed.
 
+mod effective;
 mod keys;
 mod source;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use std::{
 };
 
 pub use crate::artifact::globs::{HostGlobs, QueryGlobs};
+pub use effective::{EXAMPLE, Effective, effective};
 use http::HeaderValue;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use keys::Set;

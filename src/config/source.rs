@@ -125,7 +125,12 @@ pub(super) fn file(path: &Path) -> Result<Vec<Setting>, ConfigError> {
         let at = e.utf8_error().valid_up_to();
         ConfigError(format!("{name}: is not UTF-8 text (byte {at}); save it as UTF-8"))
     })?;
-    Yaml { name, text: &text }.settings()
+    self::text(&name, &text)
+}
+
+/// Everything a YAML text sets; `name` is what to call it.
+pub(super) fn text(name: &str, text: &str) -> Result<Vec<Setting>, ConfigError> {
+    Yaml { name: name.to_owned(), text }.settings()
 }
 
 /// The parser's words, but where they would tell a user which option of the parser to change.

@@ -152,6 +152,11 @@ impl Drop for Exchange {
     }
 }
 
+/// The client's address: the peer's, or what a trusted proxy says.
+pub(super) fn client_ip(app: &App, peer: SocketAddr, headers: &HeaderMap) -> IpAddr {
+    forwarded_for(peer, headers, &app.config.server.trusted_proxies).unwrap_or(peer.ip())
+}
+
 /// The client's address: the last one in `X-Forwarded-For` that was not put there by a trusted proxy, if the connection
 /// itself comes from one.
 fn forwarded_for(peer: SocketAddr, headers: &HeaderMap, trusted: &[IpNet]) -> Option<IpAddr> {

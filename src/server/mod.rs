@@ -236,7 +236,10 @@ async fn route(
             Ok(fetch::fetch(app, connection, request, request_id).await)
         }
         "/health" | "/api/stats" | "/metrics" if !is_read => Err(Refusal::MethodNotAllowed),
-        "/health" => Ok(system::health(app).await),
+        "/health" => {
+            let client = exchange::client_ip(app, connection.peer(), request.headers());
+            Ok(system::health(app, client).await)
+        }
         "/api/stats" => system::stats(app),
         "/metrics" => Ok(system::metrics(app)),
         _ => Err(Refusal::NotFound),

@@ -1,11 +1,12 @@
 //! What operators ask: `/health`, `/api/stats`, `/metrics`.
 
 use std::{
+    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use http::{HeaderValue, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
 
 use super::{App, body::ResponseBody, error::Refusal};
@@ -13,6 +14,8 @@ use crate::cache::Health;
 
 /// How long a verdict stands: monitors must not be able to load the disk.
 const HEALTH_STANDS_FOR: Duration = Duration::from_secs(5);
+
+static X_CLIENT_IP: HeaderName = HeaderName::from_static("x-client-ip");
 
 /// The last verdict.
 #[derive(Debug, Default)]
@@ -35,7 +38,9 @@ impl HealthCheck {
     }
 }
 
-pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
+/// The verdict; and in a header who is asking, as the log would name him: with that a client behind a proxy can tell
+/// whether `server.trusted_proxies` is right.
+pub(super) async fn health(app: &Arc<App>, client: IpAddr) -> Response<ResponseBody> {
     let Health { hits, disk, database } = app.health.verdict(app).await;
     // Uptime Kuma looks for the word "healthy", so the other two must not contain it.
     let (status, word) = match (hits, disk && database) {
@@ -53,7 +58,11 @@ pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
             "database": say(database, "the database can't be written; new artifacts are refused"),
         });
     }
-    json_response(status, &answer)
+    let mut response = json_response(status, &answer);
+    if let Ok(client) = HeaderValue::try_from(client.to_canonical().to_string()) {
+        response.headers_mut().insert(&X_CLIENT_IP, client);
+    }
+    response
 }
 
 pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {

@@ -48,6 +48,11 @@ struct StatusLabel {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct BuildLabel {
+    version: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct CodeLabel {
     code: &'static str,
 }
@@ -132,6 +137,9 @@ impl Metrics {
             "Time from a request to the end of its body",
             duration.clone(),
         );
+        let build = Family::<BuildLabel, Gauge>::default();
+        build.get_or_create_owned(&BuildLabel { version: env!("CARGO_PKG_VERSION") }).set(1);
+        r.register("build_info", "The version that runs, always 1", build);
         let sizes = SIZE_BUCKETS.map(|power| 1024.0 * 4f64.powi(power));
         let download_size = Histogram::new(sizes);
         r.register("download_size_bytes", "Size of completed downloads", download_size.clone());

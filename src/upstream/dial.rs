@@ -1,6 +1,6 @@
 //! From a URL to an open HTTP/1.1 connection: the judged address, or the configured proxy, and TLS.
 
-use std::{fs, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::Empty;
@@ -9,10 +9,7 @@ use hyper::{
     client::conn::http1,
 };
 use hyper_util::rt::TokioIo;
-use rustls::{
-    CertificateError, ClientConfig, RootCertStore, pki_types::CertificateDer, pki_types::ServerName,
-    pki_types::pem::PemObject,
-};
+use rustls::{CertificateError, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -26,6 +23,7 @@ use url::{Host, Url};
 use super::{
     Failure, Retry, SetupError,
     guard::{self, Guard, ResolveError},
+    roots::Roots,
 };
 use crate::{artifact::SourceUrl, config};
 
@@ -63,37 +61,17 @@ pub(super) struct Connection {
 
 impl Dialer {
     pub(super) fn new(config: &config::Upstream) -> Result<Dialer, SetupError> {
-        let mut roots = RootCertStore::empty();
-        let system = rustls_native_certs::load_native_certs();
-        for error in &system.errors {
+        let roots = Roots::load(config.ca_file.as_deref())?;
+        for error in roots.problems() {
             tracing::warn!(error = %error, "some of the system's certificate authorities can't be read");
         }
-        roots.add_parsable_certificates(system.certs);
-        if let Some(path) = &config.ca_file {
-            let failed = |cause: String| SetupError::CaFile { path: path.clone(), cause };
-            let pem = fs::read(path).map_err(|cause| failed(cause.to_string()))?;
-            let certificates = CertificateDer::pem_slice_iter(&pem)
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(|cause| failed(format!("not a PEM file of certificates: {cause}")))?;
-            if certificates.is_empty() {
-                return Err(failed("holds no certificate (-----BEGIN CERTIFICATE-----)".to_owned()));
-            }
-            for certificate in certificates {
-                roots.add(certificate).map_err(|cause| failed(cause.to_string()))?;
-            }
-        }
-        if roots.is_empty() {
+        if roots.count() == 0 {
             tracing::warn!(
                 "no certificate authorities found: every https upstream will fail; install ca-certificates"
             );
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
         Ok(Dialer {
-            tls: TlsConnector::from(Arc::new(tls)),
+            tls: TlsConnector::from(Arc::new(roots.into_client_config()?)),
             connect_timeout: config.connect_timeout,
             proxy: config.proxy.clone(),
         })

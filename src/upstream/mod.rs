@@ -9,8 +9,9 @@
 mod answer;
 mod dial;
 mod guard;
+mod roots;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Empty;
@@ -22,6 +23,7 @@ use crate::{artifact::SourceUrl, config, error::Error};
 pub use answer::{Answer, Body, Head};
 use dial::{Connection, Dialer};
 pub use guard::{Forbidden, Guard, ResolveError};
+pub use roots::{CaFileError, Roots};
 
 /// More of them than this before the answer is a flood, not a courtesy.
 const MAX_INFORMATIONAL: u32 = 16;
@@ -32,13 +34,8 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
     /// `upstream.ca_file` is no use.
-    #[error("upstream.ca_file {path}: {cause}")]
-    CaFile {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        cause: String,
-    },
+    #[error("upstream.ca_file {0}")]
+    CaFile(#[from] CaFileError),
     /// The TLS library refuses.
     #[error("can't set up TLS: {0}")]
     Tls(#[from] rustls::Error),

@@ -15,7 +15,17 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn help() {
-    for args in [&["--help"][..], &["serve", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["serve", "--help"],
+        &["get", "--help"],
+        &["health", "--help"],
+        &["stats", "--help"],
+        &["config", "--help"],
+        &["doctor", "--help"],
+        &["completions", "--help"],
+        &["man", "--help"],
+    ] {
         let output = run(args);
         assert_eq!(output.status.code(), Some(0));
         insta::assert_snapshot!(format!("help_{}", args[0].trim_start_matches("--")), text(&output.stdout));

@@ -45,3 +45,14 @@ fn failing_when_the_store_is_gone() {
     std::fs::rename(&aside, service.service().base_path()).unwrap();
     eventually("it recovers", || (service.get("/health").json()["status"] == "healthy").then_some(()));
 }
+
+#[test]
+fn it_says_whom_it_sees() {
+    let service = Service::new().start();
+    assert_eq!(service.get("/health").header("X-Client-IP"), "127.0.0.1");
+    let forwarded = service.request("GET", "/health", &[("X-Forwarded-For", "192.0.2.9")]);
+    assert_eq!(forwarded.header("X-Client-IP"), "192.0.2.9", "as the log would, from a trusted proxy");
+    let strict = Service::new().env("SERVER__TRUSTED_PROXIES", "").start();
+    let forwarded = strict.request("GET", "/health", &[("X-Forwarded-For", "192.0.2.9")]);
+    assert_eq!(forwarded.header("X-Client-IP"), "127.0.0.1");
+}
