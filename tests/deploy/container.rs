@@ -5,7 +5,7 @@
 //! other lines of the Dockerfile are carried out as they are.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -274,9 +274,8 @@ fn serves(builder: &Builder, container: &str, data: &Path) {
 
 /// What `docker inspect` would show.
 fn check_settings(builder: &Builder, image: &str) {
-    let text = builder.run(&["inspect", "--type", "image", "--format", "{{json .Docker}}", image]);
-    let docker: Value = serde_json::from_str(&text).unwrap();
-    let config = &docker["config"];
+    let about: Value = serde_json::from_str(&builder.run(&["inspect", "--type", "image", image])).unwrap();
+    let config = &about["Docker"]["config"];
     assert_eq!(config["User"], "1000:1000");
     assert_eq!(config["WorkingDir"], "/app");
     assert_eq!(config["Entrypoint"], serde_json::json!(["/usr/local/bin/artifact-cache"]));

@@ -18,6 +18,8 @@ mod support;
 
 mod container;
 mod fronts;
+mod package;
+mod release;
 mod service_manager;
 
 /// The repository.
