@@ -237,7 +237,7 @@ fn a_hang_ends_in_a_restart(machine: &Machine, content: &Content) {
     machine.run("systemctl", &["daemon-reload"]);
     machine.run("systemctl", &["restart", "artifact-cache"]);
     let hung = machine.property("MainPID");
-    machine.run("kill", &["-STOP", &hung]);
+    machine.run("systemctl", &["kill", "--signal=STOP", "--kill-whom=main", "artifact-cache"]);
     eventually("it is killed and started again", || {
         (machine.property("NRestarts") == "1" && machine.is_active(UNITS[0])).then_some(())
     });
