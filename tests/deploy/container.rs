@@ -5,7 +5,7 @@
 //! other lines of the Dockerfile are carried out as they are.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
@@ -132,24 +132,27 @@ struct Container {
 }
 
 impl Container {
-    /// Runs the image's own command in a container made from `image`, with `data` as its volume.
-    fn start(builder: &Builder, container: &str, data: &Path) -> Container {
+    /// Runs the image's own command with `data` as its volume; an error is what the service says when it refuses.
+    fn start(builder: &Builder, container: &str, data: &Path) -> Result<Container, String> {
         let api = free_address();
-        let mut child = run_in(builder, container, data, api, &["/usr/local/bin/artifact-cache", "serve"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = run_in(builder, container, data, api, &["/usr/local/bin/artifact-cache", "serve"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let mut log = Vec::new();
+        let mut container = Container { child, log: Vec::new(), api };
         for line in lines.by_ref() {
-            log.push(serde_json::from_str::<Value>(&line).unwrap_or(Value::String(line)));
-            if log.last().is_some_and(|line| line["msg"] == "listening") {
+            container.log.push(serde_json::from_str::<Value>(&line).unwrap_or(Value::String(line)));
+            if container.log.last().is_some_and(|line| line["msg"] == "listening") {
                 // The rest is read so that nothing blocks.
                 std::thread::spawn(move || lines.for_each(drop));
-                return Container { child, log, api };
+                return Ok(container);
             }
         }
-        panic!("it ended: {:?} {log:#?}", child.wait());
+        let mut said = String::new();
+        let mut stderr = container.child.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        // What is no line of the log is buildah's way to pass standard error on.
+        let rest = container.log.iter().map(|line| line.as_str().unwrap_or_default());
+        Err(rest.chain([said.as_str()]).collect::<Vec<_>>().join("\n"))
     }
 
     /// The service's own process, which has no shell around it, but is not our child.
@@ -218,12 +221,11 @@ fn volume(builder: &Builder, name: &str, owner: u32) -> PathBuf {
     path
 }
 
-/// Starts the service where it can't: what it says.
-fn refused(builder: &Builder, container: &str, data: &Path) -> String {
-    let command = ["/usr/local/bin/artifact-cache", "serve"];
-    let output = run_in(builder, container, data, free_address(), &command).output().unwrap();
-    assert!(!output.status.success(), "{output:?}");
-    String::from_utf8_lossy(&output.stderr).into_owned()
+/// A container of this image, without the volume that buildah would put over ours.
+fn container_of(builder: &Builder, image: &str) -> String {
+    let container = builder.run(&["from", "--pull-never", image]);
+    builder.run(&["config", "--volume", "/data-", &container]);
+    container
 }
 
 #[test]
@@ -232,7 +234,7 @@ fn the_image_serves_as_an_ordinary_user_who_may_write_to_its_volume_only() {
     builder.bases();
     for base in ["debian", "bare"] {
         let image = builder.build(base);
-        let container = builder.run(&["from", "--pull-never", &image]);
+        let container = container_of(&builder, &image);
         serves(&builder, &container, &volume(&builder, &format!("data-{base}"), 1000));
         if base == "bare" {
             check_settings(&builder, &image);
@@ -245,7 +247,7 @@ fn the_image_serves_as_an_ordinary_user_who_may_write_to_its_volume_only() {
 fn serves(builder: &Builder, container: &str, data: &Path) {
     let (up, content) = (Upstream::start(), Content::new(90, 100_000));
     let url = fetch_target(&up.serve("/in-a-container.bin", Reply::ok(&content)));
-    let running = Container::start(builder, container, data);
+    let running = Container::start(builder, container, data).expect("it starts");
     for status in ["MISS", "HIT"] {
         assert_eq!(running.get(&url).assert_ok(&content.bytes()).cache_status(), status);
     }
@@ -266,8 +268,10 @@ fn serves(builder: &Builder, container: &str, data: &Path) {
     let environment = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
     assert!(environment.split('\0').any(|variable| variable == "SQLITE_TMPDIR=/data"), "{environment:?}");
     assert_eq!(running.stop(), Some(0), "SIGTERM ends it well");
-    // What it stored is the host's to see, and outlives the container.
-    let running = Container::start(builder, container, data);
+    let blob = content.sha256();
+    let on_the_host = data.join("cache").join(&blob[..2]).join(&blob[2..4]).join(&blob);
+    assert!(fs::read(on_the_host).unwrap() == content.bytes(), "the volume has the artifact");
+    let running = Container::start(builder, container, data).expect("it starts");
     assert_eq!(running.get(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
     assert_eq!(running.stop(), Some(0));
 }
@@ -310,20 +314,22 @@ fn check_files(builder: &Builder, container: &str) {
 /// Docker makes a missing `./data` root's; whoever is told so is told the cure.
 fn check_wrong_owners(builder: &Builder, container: &str) {
     let data = volume(builder, "roots", 0);
-    assert_names(&refused(builder, container, &data), "/data/cache", "chown -R 1000:1000 /data ");
+    let refused =
+        |data: &Path| Container::start(builder, container, data).err().expect("it refuses to start");
+    assert_names(&refused(&data), "/data/cache", "chown -R 1000:1000 /data ");
     // An archive that root copied.
     chown(&data, Some(1000), Some(1000)).unwrap();
     fs::create_dir(data.join("cache")).unwrap();
-    assert_names(&refused(builder, container, &data), "/data/cache", "chown -R 1000:1000 /data/cache ");
+    assert_names(&refused(&data), "/data/cache", "chown -R 1000:1000 /data/cache ");
     chown(data.join("cache"), Some(1000), Some(1000)).unwrap();
     fs::write(data.join("metadata.db"), "").unwrap();
     fs::set_permissions(data.join("metadata.db"), PermissionsExt::from_mode(0o644)).unwrap();
-    assert_names(&refused(builder, container, &data), "/data/metadata.db", "chown -R 1000:1000 /data ");
+    assert_names(&refused(&data), "/data/metadata.db", "chown -R 1000:1000 /data ");
     // The cure cures.
     chown(data.join("metadata.db"), Some(1000), Some(1000)).unwrap();
     let done = Command::new("chown").args(["-R", "1000:1000"]).arg(&data).status().unwrap();
     assert!(done.success());
-    assert_eq!(Container::start(builder, container, &data).stop(), Some(0));
+    assert_eq!(Container::start(builder, container, &data).expect("it starts").stop(), Some(0));
 }
 
 #[track_caller]
