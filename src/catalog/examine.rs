@@ -20,11 +20,14 @@ pub struct Examined {
 /// Reads the schema's number and runs SQLite's quick check, which reads the whole file.
 ///
 /// # Errors
-/// What is no database, can't be read, or was left in the middle of its work by a process that was killed.
+/// What is no database, can't be read, is another program's or of a newer version of this one.
 pub fn examine(path: &Path) -> Result<Examined, OpenError> {
-    let sqlite = |cause| OpenError::Sqlite { path: path.to_owned(), cause };
+    let sqlite = |cause| sqlite::refused(path, cause);
     let db = open(path).map_err(sqlite)?;
-    let schema = db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(sqlite)?;
+    let schema = sqlite::schema_version(&db, path)?;
+    if schema == 0 && !sqlite::is_empty(&db).map_err(sqlite)? {
+        return Err(OpenError::NotOurs { path: path.to_owned() });
+    }
     let lines = |db: &Connection| {
         let mut check = db.prepare("PRAGMA quick_check(10)")?;
         check.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<Vec<String>>>()

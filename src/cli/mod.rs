@@ -1,5 +1,6 @@
 //! The command line, and the only place where the parts are put together.
 
+mod backup;
 mod client;
 mod completions;
 mod config;
@@ -7,6 +8,7 @@ mod doctor;
 mod get;
 mod health;
 mod man;
+mod restore;
 mod serve;
 mod stats;
 mod systemd;
@@ -77,6 +79,12 @@ enum Verb {
     /// Print the manual page, or write those of all commands
     #[command(after_help = man::HELP)]
     Man(man::ManArgs),
+    /// Copy the database and all artifacts to a directory, while the service runs or not
+    #[command(after_help = backup::AFTER_HELP)]
+    Backup(backup::BackupArgs),
+    /// Put back a backup, or a daily snapshot of the database
+    #[command(after_help = restore::AFTER_HELP)]
+    Restore(restore::RestoreArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -152,11 +160,17 @@ pub fn run() -> ExitCode {
         Some(Verb::Config(verb)) => config::run(&verb, &config),
         Some(Verb::Completions(args)) => completions::completions(&args),
         Some(Verb::Man(args)) => man::man(&args),
+        Some(Verb::Backup(args)) => load(&config).and_then(|config| backup::backup(&config, &args)),
+        Some(Verb::Restore(args)) => load(&config).and_then(|config| restore::restore(&config, &args)),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));
         ExitCode::FAILURE
     })
+}
+
+fn load(args: &ConfigArgs) -> Result<Config, Box<dyn Error>> {
+    Ok(args.load()?.0)
 }
 
 /// An error and its causes in one line.

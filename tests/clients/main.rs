@@ -19,6 +19,7 @@ mod ansible;
 mod aria2;
 mod curl;
 mod pip;
+mod playbooks;
 mod requests;
 mod urllib;
 mod wget;

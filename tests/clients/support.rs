@@ -321,7 +321,7 @@ fn run(mut command: Command) -> Ended {
     command.stdin(Stdio::null());
     command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
     let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    let deadline = Instant::now() + PATIENCE * 2;
+    let deadline = Instant::now() + PATIENCE * 6;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break Some(status);

@@ -25,6 +25,8 @@ fn help() {
         &["doctor", "--help"],
         &["completions", "--help"],
         &["man", "--help"],
+        &["backup", "--help"],
+        &["restore", "--help"],
     ] {
         let output = run(args);
         assert_eq!(output.status.code(), Some(0));

@@ -232,6 +232,16 @@ fn a_database_that_is_damaged_newer_or_none() {
 }
 
 #[test]
+fn snapshots_that_are_old_or_switched_off() {
+    let deployment = Deployment::new();
+    fs::create_dir(deployment.path("data")).unwrap();
+    deployment.ask(&[]).assert("snapshots", "ok", "none yet");
+    fs::write(deployment.path("data/metadata.db.snapshot-20200102T030405Z"), "").unwrap();
+    deployment.ask(&[]).assert("snapshots", "warn", "days old");
+    deployment.with("JOBS__SNAPSHOTS_KEPT", "0").ask(&[]).assert("snapshots", "warn", "switched off");
+}
+
+#[test]
 fn ports_that_are_anothers() {
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = other.local_addr().unwrap().port().to_string();

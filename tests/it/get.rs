@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -359,7 +360,7 @@ fn two_at_once_do_not_write_into_each_other() {
 }
 
 #[test]
-fn links_and_devices_stay_what_they_are() {
+fn links_devices_and_permissions_stay_what_they_are() {
     let content = Content::new(317, 10_000);
     let (server, reply) = scripted(&content);
     server.serve("/fetch", reply);
@@ -369,6 +370,9 @@ fn links_and_devices_stay_what_they_are() {
     place.ends(0, &["http://example.com/x", "-o", "link"]);
     assert!(fs::symlink_metadata(place.path("link")).unwrap().is_symlink());
     assert!(fs::read(place.path("real")).unwrap() == content.bytes());
+    fs::set_permissions(place.path("real"), fs::Permissions::from_mode(0o755)).unwrap();
+    place.ends(0, &["http://example.com/x", "-o", "real"]);
+    assert_eq!(fs::metadata(place.path("real")).unwrap().permissions().mode() & 0o777, 0o755);
     place.ends(0, &["http://example.com/x", "-o", "/dev/null"]);
     assert!(!fs::metadata("/dev/null").unwrap().is_file() && !Path::new("/dev/null.part").exists());
 }

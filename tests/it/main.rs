@@ -4,12 +4,15 @@
 
 mod harness;
 
+mod archive;
+mod backup;
 mod bad_input;
 mod checksums;
 mod cli;
 mod commands;
 mod connections;
 mod crash;
+mod disk;
 mod doctor;
 mod errors;
 mod fetch;
@@ -24,6 +27,7 @@ mod limits;
 mod logs;
 mod memory;
 mod metrics;
+mod partial;
 mod ranges;
 mod redirects;
 mod retries;

@@ -13,10 +13,16 @@ use rustix::{
 };
 
 use super::Finding;
-use crate::{blobs, catalog, config::Config};
+use crate::{
+    blobs,
+    catalog::{self, snapshots},
+    config::Config,
+};
 
 /// With fewer free inodes, a disk is about to be full although it has room.
 const FEW_INODES: u64 = 10_000;
+/// One a day, and some patience.
+const STALE_HOURS: i64 = 50;
 
 pub(super) fn look(config: &Config) -> Vec<Finding> {
     let storage = &config.storage;
@@ -30,6 +36,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     findings.push(rights("record", "the directory of storage.database", record));
     findings.extend(file_system("record", record, true));
     findings.push(database(&storage.database));
+    findings.push(snapshots(&storage.database, config.jobs.snapshots_kept));
     findings
 }
 
@@ -142,21 +149,40 @@ fn database(path: &Path) -> Finding {
         }
         _ => {}
     }
-    let cure = "keep it and the files beside it, and restore a backup of the database; the artifacts stay as they are";
+    let cure = "artifact-cache restore --snapshot puts the newest good copy in its place; the artifacts stay";
     match catalog::examine(path) {
         Err(error) => Finding::fail(CHECK, error.to_string(), cure),
         Ok(found) if !found.problems.is_empty() => {
             Finding::fail(CHECK, format!("{shown} is damaged: {}", found.problems.join("; ")), cure)
         }
-        Ok(found) if found.schema > found.known_schema => Finding::fail(
-            CHECK,
-            format!("{shown} has schema {}, this program knows {}", found.schema, found.known_schema),
-            "run the newer version that wrote it",
-        ),
         Ok(found) if found.schema < found.known_schema => Finding::ok(
             CHECK,
             format!("sound; the next start brings schema {} to {}", found.schema, found.known_schema),
         ),
         Ok(found) => Finding::ok(CHECK, format!("sound, schema {}", found.schema)),
     }
+}
+
+/// What a lost or damaged database is replaced from.
+fn snapshots(database: &Path, kept: usize) -> Finding {
+    const CHECK: &str = "snapshots";
+    if kept == 0 {
+        let cure = "set jobs.snapshots_kept, or back up the database in another way";
+        return Finding::warn(CHECK, "switched off", cure);
+    }
+    let newest = match snapshots::list(database) {
+        Ok(mut all) => all.pop().and_then(|path| snapshots::taken_at(&path)),
+        Err(cause) => {
+            return Finding::fail(CHECK, cause.to_string(), "see to the directory of storage.database");
+        }
+    };
+    let Some(newest) = newest else {
+        return Finding::ok(CHECK, "none yet; the service takes one when it has something, then daily");
+    };
+    let hours = (jiff::Timestamp::now().as_second() - newest.as_second()) / 3600;
+    if hours > STALE_HOURS {
+        let cure = "the service takes one a day while it runs; if it does run, its log says why not";
+        return Finding::warn(CHECK, format!("the newest is {} days old", hours / 24), cure);
+    }
+    Finding::ok(CHECK, format!("the newest is of {newest:.0}"))
 }

@@ -149,9 +149,7 @@ impl Sink {
     /// Makes the verified part the target, durably, and says where it is; `None` for a stream.
     pub(super) fn keep(&mut self) -> Result<Option<PathBuf>, Failure> {
         let kept = match &mut self.out {
-            Out::Part { file, part, target } => {
-                file.sync_all().and_then(|()| fs::rename(part, &*target)).map(|()| Some(target.clone()))
-            }
+            Out::Part { file, part, target } => replace(file, part, target).map(|()| Some(target.clone())),
             Out::Stream { stream, .. } => stream.flush().map(|()| None),
         };
         kept.map_err(|cause| self.failed(&cause))
@@ -179,6 +177,15 @@ fn with_part(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
     name.push(".part");
     name.into()
+}
+
+fn replace(file: &File, part: &Path, target: &Path) -> io::Result<()> {
+    if let Ok(replaced) = fs::metadata(target) {
+        // A program stays one.
+        file.set_permissions(replaced.permissions())?;
+    }
+    file.sync_all()?;
+    fs::rename(part, target)
 }
 
 /// Reads a file from its beginning to its end, where the next write then goes.

@@ -51,15 +51,15 @@ impl Service {
         self
     }
 
-    /// Leaves `ARTIFACT_CACHE__<key>` to the default.
-    pub fn without(mut self, key: &str) -> Service {
-        self.env.remove(&format!("ARTIFACT_CACHE__{key}"));
+    /// Sets a variable by its full name.
+    pub fn variable(mut self, name: &str, value: &str) -> Service {
+        self.env.insert(name.to_string(), value.to_string());
         self
     }
 
-    /// Sets an environment variable of any name.
-    pub fn variable(mut self, name: &str, value: &str) -> Service {
-        self.env.insert(name.to_string(), value.to_string());
+    /// Leaves `ARTIFACT_CACHE__<key>` to the default.
+    pub fn without(mut self, key: &str) -> Service {
+        self.env.remove(&format!("ARTIFACT_CACHE__{key}"));
         self
     }
 
@@ -98,6 +98,19 @@ impl Service {
     /// The database file.
     pub fn database(&self) -> PathBuf {
         self.env["ARTIFACT_CACHE__STORAGE__DATABASE"].clone().into()
+    }
+
+    /// Starts it with a shared object in front of the C library.
+    pub fn preload(mut self, shim: &Path) -> Service {
+        self.env.insert("LD_PRELOAD".to_string(), shim.display().to_string());
+        self
+    }
+
+    /// Another verb of the same binary on the same configuration.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.env_clear().envs(&self.env).args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        command
     }
 
     fn spawn(&self) -> Child {
