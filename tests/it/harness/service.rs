@@ -64,11 +64,13 @@ impl Service {
     }
 
     /// The environment it starts with.
+    #[allow(dead_code)] // for tests/deploy
     pub fn environment(&self) -> &BTreeMap<String, String> {
         &self.env
     }
 
     /// Starts it by another program: its name and first arguments; the binary and its arguments follow.
+    #[allow(dead_code)] // for tests/deploy
     pub fn started_by(mut self, starter: &[String]) -> Service {
         self.starter = starter.to_vec();
         self
