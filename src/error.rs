@@ -143,10 +143,16 @@ fn io_details(cause: &io::Error) -> String {
     }
 }
 
+const MOUNT_WRITABLE: &str = "; mount it writable";
+
 /// What makes a path usable that this process can't read and write, to be put behind the error: a command, or nothing.
 ///
-/// `path` is a file or directory that is to be used, or to be made.
-pub fn cure_for_path(path: &Path) -> String {
+/// `path` is a file or directory that is to be used, or to be made; `failure`, where it is known, is what came of that.
+pub fn cure_for_path(path: &Path, failure: Option<io::ErrorKind>) -> String {
+    // After an error the kernel refuses writes without showing it to access(2).
+    if failure == Some(io::ErrorKind::ReadOnlyFilesystem) {
+        return MOUNT_WRITABLE.to_owned();
+    }
     let exists = |path: &&Path| !path.as_os_str().is_empty() && path.symlink_metadata().is_ok();
     let Some(found) = path.ancestors().find(exists) else { return String::new() };
     let wanted = if found.is_dir() {
@@ -156,7 +162,7 @@ pub fn cure_for_path(path: &Path) -> String {
     };
     match rustix::fs::access(found, wanted) {
         Err(rustix::io::Errno::ACCESS) => {}
-        Err(rustix::io::Errno::ROFS) => return "; mount it writable".to_owned(),
+        Err(rustix::io::Errno::ROFS) => return MOUNT_WRITABLE.to_owned(),
         _ => return String::new(),
     }
     let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());

@@ -54,7 +54,7 @@ const SPOOL_POOL_BYTES: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A directory or file can't be made or used.
-    #[error("can't use storage.base_path: {path}: {cause}{}", cure_for_path(path))]
+    #[error("can't use storage.base_path: {path}: {cause}{}", cure_for_path(path, Some(cause.kind())))]
     Io {
         /// The path that failed.
         path: PathBuf,

@@ -81,7 +81,7 @@ pub struct Totals {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// SQLite refuses.
-    #[error("can't open the database {path}: {cause}{}", cure_for_path(path))]
+    #[error("can't open the database {path}: {cause}{}", cure_for_path(path, None))]
     Sqlite {
         /// `storage.database`.
         path: PathBuf,
@@ -89,7 +89,7 @@ pub enum OpenError {
         cause: rusqlite::Error,
     },
     /// The directory or the lock file can't be made.
-    #[error("can't open the database {path}: {cause}{}", cure_for_path(path))]
+    #[error("can't open the database {path}: {cause}{}", cure_for_path(path, Some(cause.kind())))]
     Io {
         /// `storage.database`, or the lock beside it.
         path: PathBuf,
