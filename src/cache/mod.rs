@@ -120,6 +120,7 @@ impl Cache {
         upstream: Upstream,
         metrics: Arc<Metrics>,
     ) -> Arc<Cache> {
+        metrics.min_free_bytes.set(config.storage.min_free_bytes.try_into().unwrap_or(i64::MAX));
         let claim = Claim::new(&catalog, &blobs);
         Arc::new(Cache {
             claim,

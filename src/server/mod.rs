@@ -241,7 +241,7 @@ async fn route(
             Ok(system::health(app, client).await)
         }
         "/api/stats" => system::stats(app),
-        "/metrics" => Ok(system::metrics(app)),
+        "/metrics" => Ok(system::metrics(app).await),
         _ => Err(Refusal::NotFound),
     }
 }

@@ -16,9 +16,8 @@ use serde_json::Value;
 
 use crate::harness::service::BINARY;
 use crate::harness::{Client, Content, Reply, Upstream, eventually, fetch_target, skip};
-use crate::proxies::free_address;
+use crate::program::{free_address, need, test_name};
 use crate::root;
-use crate::support::{need, test_name};
 
 /// buildah with a storage of its own.
 struct Builder {

@@ -3,8 +3,9 @@
 use std::fs;
 
 use crate::harness::{Content, Gate, Reply, Service, WRONG_SHA, eventually};
+use crate::program::need;
 use crate::proxies::Front;
-use crate::support::{SIZE, Stage, arg, assert_same, need};
+use crate::support::{SIZE, Stage, arg, assert_same};
 
 /// Both, as deployed.
 const FRONTS: [Front; 2] = [Front::Caddy, Front::Nginx];

@@ -10,9 +10,12 @@
 mod harness;
 
 #[allow(dead_code)]
+#[path = "../clients/program.rs"]
+mod program;
+#[allow(dead_code)]
 #[path = "../clients/proxies.rs"]
 mod proxies;
-#[allow(dead_code, unused_macros)]
+#[allow(dead_code, unused_imports, unused_macros)]
 #[path = "../clients/support.rs"]
 mod support;
 

@@ -10,8 +10,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::harness::service::BINARY;
 use crate::harness::{Content, eventually, fetch_target, skip};
+use crate::program::{find, need, test_name};
 use crate::root;
-use crate::support::{find, need, test_name};
 
 /// Its units.
 const UNITS: [&str; 3] = ["artifact-cache.service", "artifact-cache.socket", "artifact-cache-metrics.socket"];

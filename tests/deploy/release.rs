@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::harness::content::sha256;
 use crate::package::build_package;
+use crate::program::need;
 use crate::root;
-use crate::support::need;
 
 /// The output of `deploy/dependencies`.
 fn dependencies(what: &str) -> String {

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use std::thread::JoinHandle;
 
 use crate::harness::{Content, PATIENCE, Running, Service, Upstream, eventually};
-use crate::proxies::free_address;
-use crate::support::need;
+use crate::program::{free_address, need};
 
 /// The socket that systemd would listen on for what its services say.
 struct Listener {

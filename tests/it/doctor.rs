@@ -316,6 +316,7 @@ fn the_server_that_clients_name() {
     let found = Deployment::of(&service).ask(&["--server", &server]);
     found.assert("server", "ok", "200");
     found.assert("server's clock", "ok", "as here");
+    found.assert("server's version", "ok", env!("CARGO_PKG_VERSION"));
     found.assert("client addresses", "ok", "127.0.0.1 is a trusted proxy itself");
     let found = Deployment::of(&service).ask(&["--server", "http://127.0.0.1:1"]);
     found.assert("server", "fail", "can't be reached");

@@ -32,7 +32,7 @@ pub(super) async fn local(config: &Config) -> Vec<Finding> {
         findings.push(port(server.host, server.metrics_port, "metrics port").await);
     }
     if let Some(client) = client(server.host, server.port) {
-        findings.extend(version(&client).await);
+        findings.extend(version(&client, "version").await);
     }
     findings
 }
@@ -84,21 +84,20 @@ async fn port(host: IpAddr, port: u16, check: &'static str) -> Finding {
 }
 
 /// Nothing if no service answers, which another finding says.
-async fn version(client: &Client) -> Option<Finding> {
-    const CHECK: &str = "version";
+async fn version(client: &Client, check: &'static str) -> Option<Finding> {
     let metrics = client.read("/metrics", HeaderMap::new()).await.ok()?;
     let line =
         metrics.text.lines().find_map(|line| line.strip_prefix("artifact_cache_build_info{version=\""));
     let running = line.and_then(|line| line.split('"').next());
     Some(match running {
-        Some(OUR_VERSION) => Finding::ok(CHECK, format!("{OUR_VERSION}, here and in the running service")),
+        Some(OUR_VERSION) => Finding::ok(check, format!("{OUR_VERSION}, here and in the running service")),
         Some(other) => Finding::warn(
-            CHECK,
+            check,
             format!("the running service is {other}, this program is {OUR_VERSION}"),
             "restart the service if it was upgraded; else use its own program",
         ),
         None => Finding::warn(
-            CHECK,
+            check,
             format!("this program is {OUR_VERSION}; {} tells none", client.base()),
             "an older version runs, or a proxy keeps /metrics to itself",
         ),
@@ -115,7 +114,7 @@ pub(super) async fn through(client: &Client, config: &Config) -> Vec<Finding> {
     };
     let answers = Finding::ok("server", format!("{} answers {}", client.base(), seen.head.status));
     let mut findings = vec![answers, skew(&seen)];
-    findings.extend(version(client).await);
+    findings.extend(version(client, "server's version").await);
     let claim = HeaderMap::from_iter([(
         HeaderName::from_static("x-forwarded-for"),
         HeaderValue::from_static(STRANGER),

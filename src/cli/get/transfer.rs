@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header, response};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use serde_json::Value;
 
 use super::{
     outcome::{Failure, Fetched},
@@ -192,9 +191,6 @@ async fn refusal(answer: Answer) -> Failure {
     let mut message = member("message").unwrap_or_else(|| status.to_string());
     if let (Some(expected), Some(actual)) = (member("expected"), member("actual")) {
         message += &format!(": expected {expected}, got {actual}");
-    }
-    if let Value::Number(code) = &body["status_code"] {
-        message += &format!(" (status {code})");
     }
     if let Some(details) = member("details") {
         message += &format!(": {details}");
