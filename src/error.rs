@@ -3,7 +3,9 @@
 //! Nothing here knows HTTP: `server::error` gives every variant its status and JSON. An error is cheap to clone,
 //! because everyone who waits for one download gets the same one.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{fs, io, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration};
+
+use rustix::fs::Access;
 
 use crate::artifact::Digest;
 
@@ -139,6 +141,47 @@ fn io_details(cause: &io::Error) -> String {
             None => "I/O error".to_owned(),
         },
     }
+}
+
+const MOUNT_WRITABLE: &str = "; mount it writable";
+
+/// What makes a path usable that this process can't read and write, to be put behind the error: a command, or nothing.
+///
+/// `path` is a file or directory that is to be used, or to be made; `failure`, where it is known, is what came of that.
+pub fn cure_for_path(path: &Path, failure: Option<io::ErrorKind>) -> String {
+    // After an error the kernel refuses writes without showing it to access(2).
+    if failure == Some(io::ErrorKind::ReadOnlyFilesystem) {
+        return MOUNT_WRITABLE.to_owned();
+    }
+    let exists = |path: &&Path| !path.as_os_str().is_empty() && path.symlink_metadata().is_ok();
+    let Some(found) = path.ancestors().find(exists) else { return String::new() };
+    let wanted = if found.is_dir() {
+        Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK
+    } else {
+        Access::READ_OK | Access::WRITE_OK
+    };
+    match rustix::fs::access(found, wanted) {
+        Err(rustix::io::Errno::ACCESS) => {}
+        Err(rustix::io::Errno::ROFS) => return MOUNT_WRITABLE.to_owned(),
+        _ => return String::new(),
+    }
+    let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    let owner_is_us = |path: &Path| path.metadata().is_ok_and(|found| found.uid() == uid);
+    let is_empty = |dir: &Path| fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    // Only what is surely meant for this service: the path itself, an empty directory, such as a fresh volume, or one
+    // that is ours already. A chown of any other might be one of the system's.
+    let command = match found.parent() {
+        Some(parent) if !found.is_dir() && owner_is_us(parent) => {
+            format!("chown -R {uid}:{gid} {}", parent.display())
+        }
+        _ if !found.is_dir() => format!("chown {uid}:{gid} {}", found.display()),
+        _ if found == path || is_empty(found) => format!("chown -R {uid}:{gid} {}", found.display()),
+        _ => format!("mkdir -p {0} && chown -R {uid}:{gid} {0}", path.display()),
+    };
+    format!(
+        "; the service runs as {uid}:{gid} and must own it: {command} (of a container's volume: on the host, the \
+         directory that is mounted there)"
+    )
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ use tokio::sync::Semaphore;
 use crate::{
     artifact::Digest,
     config::Storage,
-    error::Error,
+    error::{Error, cure_for_path},
     kill_point,
     sync::{Mutex, MutexGuard},
 };
@@ -61,7 +61,7 @@ const SPOOL_POOL_BYTES: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A directory or file can't be made or used.
-    #[error("can't use storage.base_path: {path}: {cause}{}", hint(cause))]
+    #[error("can't use storage.base_path: {path}: {cause}{}", cure_for_path(path, Some(cause.kind())))]
     Io {
         /// The path that failed.
         path: PathBuf,
@@ -80,17 +80,6 @@ pub enum OpenError {
         /// The spool directory.
         path: PathBuf,
     },
-}
-
-fn hint(cause: &io::Error) -> String {
-    match cause.kind() {
-        io::ErrorKind::PermissionDenied => {
-            let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-            format!("; the service runs as {uid}:{gid} and must own it: chown -R {uid}:{gid} THAT_DIRECTORY")
-        }
-        io::ErrorKind::ReadOnlyFilesystem => "; mount it writable".to_owned(),
-        _ => String::new(),
-    }
 }
 
 /// A blob that survives a power cut from now on.

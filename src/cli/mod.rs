@@ -12,6 +12,7 @@ mod man;
 mod restore;
 mod serve;
 mod stats;
+mod systemd;
 mod verify;
 
 use std::{

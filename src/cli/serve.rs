@@ -8,7 +8,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{ConfigArgs, Outcome};
+use super::{ConfigArgs, Outcome, systemd};
 use crate::{
     blobs::Blobs,
     cache::Cache,
@@ -58,11 +58,13 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     let shutdown = CancellationToken::new();
     let serving = tokio::spawn(server::serve(app, listeners, shutdown.clone()));
     tokio::spawn(jobs::run(cache.clone(), background, shutdown.clone()));
+    systemd::ready(cache.clone());
     let signalled = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };
     tracing::info!(signal = signalled, "stopping");
+    systemd::stopping();
     shutdown.cancel();
     // First thing, because the grace time may be cut short from outside.
     cache.checkpoint().await;
@@ -76,11 +78,20 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     Ok(())
 }
 
+/// The sockets to serve: those that systemd hands over, and for what it does not, those of the configuration.
 async fn bind(config: &Config) -> Result<Vec<(TcpListener, Role)>, Box<dyn Error>> {
     let server = &config.server;
-    let api = SocketAddr::new(server.host, server.port);
-    let mut listeners = vec![(listen(api, "server.port").await?, Role::Api)];
-    if server.metrics_port != 0 {
+    let mut listeners = Vec::new();
+    for (listener, role) in systemd::inherited_listeners()? {
+        listeners.push((TcpListener::from_std(listener)?, role));
+    }
+    let inherited = |wanted| listeners.iter().any(|(_, role)| *role == wanted);
+    let (has_api, has_metrics) = (inherited(Role::Api), inherited(Role::Metrics));
+    if !has_api {
+        let api = SocketAddr::new(server.host, server.port);
+        listeners.push((listen(api, "server.port").await?, Role::Api));
+    }
+    if !has_metrics && server.metrics_port != 0 {
         let metrics = SocketAddr::new(server.host, server.metrics_port);
         match listen(metrics, "server.metrics_port").await {
             Ok(listener) => listeners.push((listener, Role::Metrics)),

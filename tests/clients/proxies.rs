@@ -1,4 +1,5 @@
-//! Proxies in front of the service: nginx and Caddy, each in a directory and on an address of its own.
+//! Proxies in front of the service: nginx and Caddy, each in a directory and on an address of its own, with the files
+//! that `deploy/` has for them.
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
@@ -21,9 +22,9 @@ pub enum Front {
     Direct,
     /// nginx with one `proxy_pass` and no other setting: HTTP/1.0 behind it, buffered, and no sign that it is there.
     NginxDefaults,
-    /// nginx as it should be: HTTP/1.1, unbuffered, naming the client.
+    /// nginx as `deploy/nginx.conf` has it: HTTP/1.1, unbuffered, naming itself and the client.
     Nginx,
-    /// Caddy with TLS by its internal authority.
+    /// Caddy as `deploy/Caddyfile` has it: TLS by its internal authority.
     Caddy,
 }
 
@@ -35,6 +36,12 @@ impl Front {
             Front::NginxDefaults | Front::Nginx => Some("nginx"),
             Front::Caddy => Some("caddy"),
         }
+    }
+
+    /// Whether a broken stream shows by its framing to every client behind it. If not, the service lets the clients
+    /// that don't compare lengths wait.
+    pub fn shows_broken_streams(self) -> bool {
+        matches!(self, Front::Direct | Front::Nginx)
     }
 }
 
@@ -56,19 +63,21 @@ impl Proxy {
         let (address, config) = (free_address(), dir.path().join("config"));
         let tls = front == Front::Caddy;
         let mut command = Command::new(program);
+        command.env_clear().env("HOME", dir.path()).env("XDG_CONFIG_HOME", dir.path());
+        command.current_dir(dir.path());
         if tls {
-            fs::write(&config, caddy(address, service, dir.path())).unwrap();
+            fs::write(&config, caddy(address, dir.path())).unwrap();
             command.args(["run", "--adapter", "caddyfile", "--config"]).arg(&config);
+            command.env("ARTIFACT_CACHE_SITE", format!("https://{address}"));
+            command.env("ARTIFACT_CACHE_UPSTREAM", service.to_string());
+            command.env("ARTIFACT_CACHE_LOG", dir.path().join("access.log"));
         } else {
-            fs::write(&config, nginx(front, address, service, dir.path())).unwrap();
+            let site = if front == Front::Nginx { deployed_site } else { bare_site };
+            fs::write(dir.path().join("site.conf"), site(address, service)).unwrap();
+            fs::write(&config, nginx(dir.path())).unwrap();
             command.arg("-e").arg(dir.path().join("log")).arg("-p").arg(dir.path()).arg("-c").arg(&config);
         }
         let log = fs::File::options().create(true).append(true).open(dir.path().join("log")).unwrap();
-        command
-            .env_clear()
-            .env("HOME", dir.path())
-            .env("XDG_CONFIG_HOME", dir.path())
-            .current_dir(dir.path());
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let child = command.spawn().expect("the proxy starts");
         let scheme = if tls { "https" } else { "http" };
@@ -113,16 +122,9 @@ fn handshake(address: SocketAddr, authority: &Path) -> Option<()> {
     Some(())
 }
 
-fn nginx(front: Front, address: SocketAddr, service: SocketAddr, dir: &Path) -> String {
+/// nginx's main configuration, which includes the site as a distribution's does.
+fn nginx(dir: &Path) -> String {
     let dir = dir.display();
-    let settings = match front {
-        Front::Nginx => {
-            "proxy_http_version 1.1;
-            proxy_buffering off;
-            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
-        }
-        _ => "",
-    };
     format!(
         "daemon off;
 master_process off;
@@ -135,33 +137,46 @@ http {{
     fastcgi_temp_path {dir}/fastcgi;
     uwsgi_temp_path {dir}/uwsgi;
     scgi_temp_path {dir}/scgi;
-    server {{
-        listen {address};
-        location / {{
-            proxy_pass http://{service};
-            {settings}
-        }}
-    }}
+    include {dir}/site.conf;
 }}
 "
     )
 }
 
-fn caddy(address: SocketAddr, service: SocketAddr, dir: &Path) -> String {
+fn bare_site(address: SocketAddr, service: SocketAddr) -> String {
+    format!("server {{ listen {address}; location / {{ proxy_pass http://{service}; }} }}")
+}
+
+/// `deploy/nginx.conf` with the addresses of this test.
+fn deployed_site(address: SocketAddr, service: SocketAddr) -> String {
+    let mut site = deployed("nginx.conf");
+    for (theirs, ours) in [
+        ("listen 80;", format!("listen {address};")),
+        ("server 127.0.0.1:8080;", format!("server {service};")),
+    ] {
+        assert_eq!(site.matches(theirs).count(), 1, "deploy/nginx.conf has one `{theirs}`");
+        site = site.replace(theirs, &ours);
+    }
+    site
+}
+
+/// Caddy's global options around `deploy/Caddyfile`, which takes its addresses from the environment.
+fn caddy(address: SocketAddr, dir: &Path) -> String {
     format!(
         "{{
     admin off
     skip_install_trust
     auto_https disable_redirects
+    default_bind {ip}
     storage file_system {dir}
 }}
-https://{address} {{
-    bind {ip}
-    tls internal
-    reverse_proxy {service}
-}}
-",
-        dir = dir.display(),
+{site}",
         ip = address.ip(),
+        dir = dir.display(),
+        site = deployed("Caddyfile"),
     )
+}
+
+fn deployed(name: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy").join(name)).unwrap()
 }

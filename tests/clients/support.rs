@@ -110,7 +110,7 @@ pub fn with(front: Front, check: impl FnOnce(&Stage)) {
 /// Like [`with`], for a stream that will be broken off.
 pub fn with_broken_stream(front: Front, careless: bool, check: impl FnOnce(&Stage)) {
     if let Some(mut stage) = Stage::new(front, Service::new().streaming()) {
-        stage.waits = careless && front != Front::Direct;
+        stage.waits = careless && !front.shows_broken_streams();
         check(&stage);
     }
 }

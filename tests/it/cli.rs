@@ -172,7 +172,7 @@ fn start_and_stop_leave_a_listening_line_and_nothing_on_stderr() {
 
 #[test]
 fn a_proxy_in_the_environment_is_ignored_and_that_is_said() {
-    let service = Service::new().proxy_in_environment("http://127.0.0.1:1").start();
+    let service = Service::new().variable("HTTP_PROXY", "http://127.0.0.1:1").start();
     let up = crate::harness::Upstream::start();
     let url = up.serve("/x", crate::harness::Reply::ok(&crate::harness::Content::of(b"x")));
     service.fetch(&url).assert_ok(b"x");

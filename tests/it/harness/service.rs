@@ -22,6 +22,7 @@ pub const BINARY: &str = env!("CARGO_BIN_EXE_artifact-cache");
 /// How to start the service: environment, arguments and a directory.
 pub struct Service {
     env: BTreeMap<String, String>,
+    starter: Vec<String>,
     args: Vec<String>,
     dir: Arc<tempfile::TempDir>,
 }
@@ -30,7 +31,8 @@ impl Service {
     /// Free ports, a fresh directory, loopback allowed as upstream, and no early streaming unless a test asks for it.
     pub fn new() -> Service {
         let dir = Arc::new(tempfile::tempdir().unwrap());
-        let service = Service { env: BTreeMap::new(), args: vec!["serve".to_string()], dir };
+        let (env, starter, args) = (BTreeMap::new(), Vec::new(), vec!["serve".to_string()]);
+        let service = Service { env, starter, args, dir };
         let path = |name: &str| service.dir.path().join(name).display().to_string();
         let (base, database) = (path("cache"), path("metadata.db"));
         service
@@ -61,9 +63,16 @@ impl Service {
         self
     }
 
-    /// Starts it with `HTTP_PROXY` set.
-    pub fn proxy_in_environment(mut self, proxy: &str) -> Service {
-        self.env.insert("HTTP_PROXY".to_string(), proxy.to_string());
+    /// The environment it starts with.
+    #[allow(dead_code)] // for tests/deploy
+    pub fn environment(&self) -> &BTreeMap<String, String> {
+        &self.env
+    }
+
+    /// Starts it by another program: its name and first arguments; the binary and its arguments follow.
+    #[allow(dead_code)] // for tests/deploy
+    pub fn started_by(mut self, starter: &[String]) -> Service {
+        self.starter = starter.to_vec();
         self
     }
 
@@ -109,8 +118,10 @@ impl Service {
     fn spawn(&self) -> Child {
         // Hundreds of clients of several tests live in this process; where that can't be had, a test will say so.
         raise_file_limit(8_000);
-        let mut command = Command::new(BINARY);
-        command.env_clear().envs(&self.env).args(&self.args).current_dir(self.dir.path());
+        let line: Vec<&str> = self.starter.iter().map(String::as_str).chain([BINARY]).collect();
+        let mut command = Command::new(line[0]);
+        command.args(&line[1..]).args(&self.args);
+        command.env_clear().envs(&self.env).current_dir(self.dir.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("the binary starts")
     }
@@ -411,7 +422,8 @@ impl Running {
     /// The same configuration on the same directory, for a new start (after `term` or `kill`).
     pub fn again(&self) -> Service {
         let service = &self.service;
-        Service { env: service.env.clone(), args: service.args.clone(), dir: service.dir.clone() }
+        let (env, starter, args) = (service.env.clone(), service.starter.clone(), service.args.clone());
+        Service { env, starter, args, dir: service.dir.clone() }
     }
 
     /// What must hold when a test is over and the service still runs.
