@@ -23,7 +23,7 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-use crate::{artifact::Digest, config::Storage, error::Error};
+use crate::{artifact::Digest, config::Storage, error::Error, kill_point};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
 pub use spool::{Spool, SpoolFile, Written};
 
@@ -127,6 +127,7 @@ impl Blobs {
         for dir in [&base, &spool, &quarantine] {
             fs::create_dir_all(dir).map_err(failed(dir))?;
         }
+        kill_point::pass("open.directories_made");
         let lock = File::options()
             .create(true)
             .truncate(false)
@@ -152,6 +153,7 @@ impl Blobs {
             let path = entry.map_err(failed(&spool))?.path();
             fs::remove_file(&path).map_err(failed(&path))?;
         }
+        kill_point::pass("open.spool_cleared");
         Ok(Blobs {
             base,
             min_free_bytes: config.min_free_bytes,
@@ -197,11 +199,14 @@ impl Blobs {
         if !matches!(self.open_blob(digest, size)?, Held::Damaged(_)) {
             return Ok(());
         }
+        kill_point::pass("quarantine.found");
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
         let aside = self.base.join(QUARANTINE_DIR).join(format!("{digest}.{seconds}.{number}"));
         fs::rename(self.path(digest), aside)
-            .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))
+            .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))?;
+        kill_point::pass("quarantine.renamed");
+        Ok(())
     }
 
     /// Begins a growing file for a download of `announced` bytes, if that is known.
@@ -233,9 +238,11 @@ impl Blobs {
 
     /// Says whether something was there already.
     fn publish_now(&self, written: &Written) -> io::Result<bool> {
+        kill_point::pass("publish.verified");
         // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
         // is what returning the error does.
         written.file().sync()?;
+        kill_point::pass("publish.spool_synced");
         let digest = written.digest;
         let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
         let mut shard = self.shard(digest);
@@ -252,19 +259,24 @@ impl Blobs {
                     *shard = Shard::default();
                     fs::create_dir_all(&inner)?;
                 }
+                kill_point::pass("publish.directory_made");
                 written.file().rename_to(&to)?;
             }
             done => done?,
         }
+        kill_point::pass("publish.renamed");
         // From the inside out: the first sync commits what the others are about on most file systems, which makes
         // them cheap.
         sync_dir(&inner)?;
+        kill_point::pass("publish.inner_synced");
         if shard.durable_children[word] & bit == 0 {
             sync_dir(&outer)?;
+            kill_point::pass("publish.outer_synced");
             shard.durable_children[word] |= bit;
         }
         if !shard.durable {
             sync_dir(&self.base)?;
+            kill_point::pass("publish.base_synced");
             shard.durable = true;
         }
         Ok(replaced)

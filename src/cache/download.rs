@@ -22,6 +22,7 @@ use crate::{
     blobs::{Published, Spool, SpoolFile},
     catalog::Record,
     error::Error,
+    kill_point,
     upstream::{Body, Failure, Head, Resume, Retry},
 };
 
@@ -322,6 +323,7 @@ impl<'a> Download<'a> {
         let generation = self.cache.catalog.generation();
         let Published { file, replaced } = self.cache.blobs.publish(written).await?;
         let recorded = self.cache.catalog.record(Record { source_url: self.url(), version }).await?;
+        kill_point::pass("publish.recorded");
         if replaced && recorded.is_new_blob && self.cache.metrics.orphan_blobs.get() > 0 {
             // It was there all along, only unknown.
             self.cache.metrics.orphan_blobs.dec();

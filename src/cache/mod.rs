@@ -27,6 +27,7 @@ use crate::{
     catalog::{Artifact, Catalog, Totals},
     config::Config,
     error::Error,
+    kill_point,
     telemetry::{Metrics, metrics::Sample},
     upstream::{Head, Upstream},
 };
@@ -211,6 +212,7 @@ impl Cache {
             |cause| Error::io("Failed to set damaged content aside", &std::io::Error::other(cause)),
         )??;
         self.catalog.mark_lost(version.digest);
+        kill_point::pass("quarantine.noted");
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use rusqlite::Connection;
 use tokio::sync::oneshot;
 
 use super::{Record, Recorded, Status, sqlite};
-use crate::{artifact::Digest, error::Error};
+use crate::{artifact::Digest, error::Error, kill_point};
 
 /// How late an access count may be written, and how soon another process's change is seen.
 const TICK: Duration = Duration::from_millis(500);
@@ -164,7 +164,9 @@ impl Work {
     fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Recorded>> {
         let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
+        kill_point::pass("record.written");
         tx.commit()?;
+        kill_point::pass("record.committed");
         Ok(recorded)
     }
 

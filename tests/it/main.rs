@@ -8,7 +8,6 @@ mod bad_input;
 mod checksums;
 mod cli;
 mod connections;
-mod crash;
 mod errors;
 mod fetch;
 mod framing;

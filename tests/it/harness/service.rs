@@ -49,6 +49,12 @@ impl Service {
         self
     }
 
+    /// Sets a variable by its full name.
+    pub fn variable(mut self, name: &str, value: &str) -> Service {
+        self.env.insert(name.to_string(), value.to_string());
+        self
+    }
+
     /// Leaves `ARTIFACT_CACHE__<key>` to the default.
     pub fn without(mut self, key: &str) -> Service {
         self.env.remove(&format!("ARTIFACT_CACHE__{key}"));
