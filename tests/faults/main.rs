@@ -13,6 +13,8 @@ mod harness;
 mod audit;
 mod kill_points;
 mod kills;
+mod power;
+mod shim;
 mod workload;
 
 /// How many rounds of a random fault: what the variable says, else `usual`.

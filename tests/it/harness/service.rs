@@ -62,9 +62,8 @@ impl Service {
     }
 
     /// Starts it with `HTTP_PROXY` set.
-    pub fn proxy_in_environment(mut self, proxy: &str) -> Service {
-        self.env.insert("HTTP_PROXY".to_string(), proxy.to_string());
-        self
+    pub fn proxy_in_environment(self, proxy: &str) -> Service {
+        self.variable("HTTP_PROXY", proxy)
     }
 
     /// Streams a miss early: after a fifth of a second.
@@ -105,6 +104,12 @@ impl Service {
     /// Starts it and waits for its `listening` line.
     #[track_caller]
     pub fn start(self) -> Running {
+        self.try_start().unwrap_or_else(|stderr| panic!("it refuses to start: {stderr}"))
+    }
+
+    /// The same; what it says on stderr when it ends instead.
+    #[track_caller]
+    pub fn try_start(self) -> Result<Running, String> {
         let mut child = self.spawn();
         let log = Log::default();
         let stdout = log.follow(child.stdout.take().unwrap());
@@ -119,12 +124,14 @@ impl Service {
             metrics: None,
             unfinished: false,
         };
-        let line = running.wait_log("listening", |line| line["msg"] == "listening");
+        let Some(line) = running.find_log(|line| line["msg"] == "listening") else {
+            return Err(running.wait_exit().1);
+        };
         let address = |key: &str| line[key].as_str().and_then(|text| text.parse().ok());
         running.api =
             address("api").unwrap_or_else(|| panic!("the start line names the API's address: {line}"));
         running.metrics = address("metrics");
-        running
+        Ok(running)
     }
 
     /// Starts it, expecting that it refuses: exit code, and what it said on stderr.
@@ -264,15 +271,21 @@ impl Running {
     /// The first log line, past or coming, that `wanted` accepts.
     #[track_caller]
     pub fn wait_log(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        self.find_log(wanted).unwrap_or_else(|| panic!("no log line {what:?} in {:#?}", self.logs()))
+    }
+
+    /// The same; `None` when the service ends without it, or [`PATIENCE`] does.
+    fn find_log(&self, wanted: impl Fn(&Value) -> bool) -> Option<Value> {
         let deadline = Instant::now() + PATIENCE;
         let mut lines = self.log.lock();
         loop {
             if let Some(line) = lines.iter().find(|line| wanted(line)) {
-                return line.clone();
+                return Some(line.clone());
             }
             let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(200));
-            let ended = self.readers.as_ref().is_none_or(|(stdout, _)| stdout.is_finished());
-            assert!(!left.is_zero() && !ended, "no log line {what:?} (ended: {ended}) in {lines:#?}");
+            if left.is_zero() || self.readers.as_ref().is_none_or(|(stdout, _)| stdout.is_finished()) {
+                return None;
+            }
             lines = self.log.0.1.wait_timeout(lines, left).unwrap().0;
         }
     }
