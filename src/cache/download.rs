@@ -131,6 +131,7 @@ impl<'a> Download<'a> {
             self.cache.set_aside(version).await?;
         }
         self.cache.blobs.check_room()?;
+        self.cache.catalog.check_writable()?;
         self.progress = Instant::now();
         let (mut failures, mut counted, mut paused) = (0, 0, Duration::ZERO);
         loop {

@@ -136,6 +136,8 @@ pub struct Catalog {
 pub(crate) struct Status {
     generation: AtomicU64,
     read_only: AtomicBool,
+    /// See [`Catalog::check_writable`].
+    sealed: AtomicBool,
 }
 
 impl Catalog {
@@ -195,6 +197,14 @@ impl Catalog {
     /// The last write failed because the database can't be written at all (read-only, full, failing).
     pub fn is_read_only(&self) -> bool {
         self.status.read_only.load(Ordering::Relaxed)
+    }
+
+    /// Fails when nothing will be recorded any more until the service is started again.
+    ///
+    /// That is so once the database could not be synced: the system has then dropped pages that it took for written,
+    /// and whatever is recorded on top of them may be lost. What is known can still be read.
+    pub fn check_writable(&self) -> Result<(), Error> {
+        if self.status.sealed.load(Ordering::Relaxed) { Err(sqlite::read_only()) } else { Ok(()) }
     }
 
     /// Writes the access counts and empties the WAL into the database, so that a plain copy of it is whole.

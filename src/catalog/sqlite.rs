@@ -6,7 +6,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, config::DbConfig, ffi, params,
+};
 
 use super::{Artifact, OpenError, Record, Recorded, Totals, hash_text};
 use crate::{
@@ -235,6 +237,18 @@ pub(super) fn is_unwritable(cause: &rusqlite::Error) -> bool {
     })
 }
 
+/// The system would not say that what was written is on the disk.
+pub(super) fn is_failed_sync(cause: &rusqlite::Error) -> bool {
+    let rusqlite::Error::SqliteFailure(failure, _) = cause else { return false };
+    matches!(failure.extended_code, ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC)
+}
+
+/// Makes a connection refuse every change, its own checkpoint when it is closed among them.
+pub(super) fn seal(db: &Connection) -> rusqlite::Result<()> {
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    db.pragma_update(None, "query_only", true)
+}
+
 /// What a client is told of a failed statement.
 pub(super) fn error(message: &'static str, cause: &rusqlite::Error) -> Error {
     let (details, retry_after) = match cause.sqlite_error_code() {
@@ -248,6 +262,12 @@ pub(super) fn error(message: &'static str, cause: &rusqlite::Error) -> Error {
         _ => ("database error", None),
     };
     Error::Internal { message, details: details.to_owned(), retry_after }
+}
+
+/// What a client is told when nothing may be written.
+pub(super) fn read_only() -> Error {
+    let (message, details) = ("Failed to write to the catalogue", "database read-only".to_owned());
+    Error::Internal { message, details, retry_after: None }
 }
 
 fn from_unix(seconds: i64) -> SystemTime {

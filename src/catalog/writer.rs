@@ -211,18 +211,42 @@ impl Work {
                 self.status.read_only.store(false, Ordering::Relaxed);
             }
             Some(cause) if sqlite::is_unwritable(cause) => {
-                self.status.read_only.store(true, Ordering::Relaxed)
+                self.status.read_only.store(true, Ordering::Relaxed);
+                if sqlite::is_failed_sync(cause) {
+                    self.seal();
+                }
             }
             Some(_) => {}
         }
     }
 
+    /// Writes nothing any more: see [`super::Catalog::check_writable`].
+    fn seal(&mut self) {
+        if self.status.sealed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tracing::error!(
+            "the database could not be synced, so nothing is recorded until the service is started again"
+        );
+        if let Err(cause) = sqlite::seal(&self.db) {
+            tracing::error!(error = %cause, "the database could not be closed to changes");
+        }
+    }
+
     fn checkpoint(&mut self) {
+        if self.status.sealed.load(Ordering::Relaxed) {
+            return;
+        }
         match sqlite::checkpoint(&self.db) {
             Ok(true) => self.dirty_since = None,
             // Tried again at the next tick.
             Ok(false) => {}
-            Err(cause) => tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again"),
+            Err(cause) => {
+                tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again");
+                if sqlite::is_failed_sync(&cause) {
+                    self.note(Some(&cause));
+                }
+            }
         }
     }
 

@@ -11,6 +11,7 @@
 mod harness;
 
 mod audit;
+mod calls;
 mod kill_points;
 mod kills;
 mod power;

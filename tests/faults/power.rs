@@ -121,7 +121,7 @@ impl Cutting {
         });
         self.disk.revive();
         // It may be in no state to start, after cuts with a seeded bug; the audit of that is its refusal.
-        let service = service.again().try_start()?;
+        let service = service.again().try_start().map_err(|(_, stderr)| stderr)?;
         let audit = Audit::of(&service, &self.acknowledged);
         self.service = Some(service);
         Ok(audit)

@@ -1,8 +1,8 @@
 /* Stands between the service and the system calls that touch its data, and does to one of them what a test wants.
  *
  * The test and the service share one page of memory, the file that FAULT_CONTROL names, so that a test can aim while
- * the service runs. Only calls on files below the directory of FAULT_ROOT count (and, as call WRITE, those on standard
- * output). C, because it must be there before anything else in the process.
+ * the service runs. Only calls on files below the directory of FAULT_ROOT count (and, as call WRITE, those on the log,
+ * which is a pipe). C, because it must be there before anything else in the process.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -171,8 +171,13 @@ PWRITE(pwrite64)
 PREAD(pread)
 PREAD(pread64)
 
+static int is_output(int fd) {
+    struct stat file;
+    return control && !fstat(fd, &file) && S_ISFIFO(file.st_mode);
+}
+
 ssize_t write(int fd, const void *bytes, size_t count) {
-    if ((fd == 1 || ours_fd(fd)) && aimed(WRITE)) return -1;
+    if ((is_output(fd) || ours_fd(fd)) && aimed(WRITE)) return -1;
     return REAL(write)(fd, bytes, count);
 }
 

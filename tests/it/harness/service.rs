@@ -20,6 +20,7 @@ use super::{PATIENCE, eventually, fetch_sha_target, fetch_target, raise_file_lim
 pub const BINARY: &str = env!("CARGO_BIN_EXE_artifact-cache");
 
 /// How to start the service: environment, arguments and a directory.
+#[derive(Clone)]
 pub struct Service {
     env: BTreeMap<String, String>,
     args: Vec<String>,
@@ -104,12 +105,12 @@ impl Service {
     /// Starts it and waits for its `listening` line.
     #[track_caller]
     pub fn start(self) -> Running {
-        self.try_start().unwrap_or_else(|stderr| panic!("it refuses to start: {stderr}"))
+        self.try_start().unwrap_or_else(|(status, stderr)| panic!("it refuses to start: {status} {stderr}"))
     }
 
-    /// The same; what it says on stderr when it ends instead.
+    /// The same; exit status and stderr when it ends instead.
     #[track_caller]
-    pub fn try_start(self) -> Result<Running, String> {
+    pub fn try_start(self) -> Result<Running, (ExitStatus, String)> {
         let mut child = self.spawn();
         let log = Log::default();
         let stdout = log.follow(child.stdout.take().unwrap());
@@ -125,7 +126,7 @@ impl Service {
             unfinished: false,
         };
         let Some(line) = running.find_log(|line| line["msg"] == "listening") else {
-            return Err(running.wait_exit().1);
+            return Err(running.wait_exit());
         };
         let address = |key: &str| line[key].as_str().and_then(|text| text.parse().ok());
         running.api =
@@ -410,8 +411,7 @@ impl Running {
 
     /// The same configuration on the same directory, for a new start (after `term` or `kill`).
     pub fn again(&self) -> Service {
-        let service = &self.service;
-        Service { env: service.env.clone(), args: service.args.clone(), dir: service.dir.clone() }
+        self.service.clone()
     }
 
     /// What must hold when a test is over and the service still runs.
