@@ -11,9 +11,9 @@ use libc::{EIO, EMFILE, ENOSPC};
 
 use crate::audit::Audit;
 use crate::harness::{Running, Service, Upstream};
-use crate::report;
 use crate::shim::{Action, Call, Shim, Which};
 use crate::workload::{Acknowledged, LARGE, content, fetch, upstream, url};
+use crate::{beside_others, report};
 
 /// Far more calls of one kind than a sweep can meet, so that one which never ends is noticed.
 const MOST: i64 = 1_000;
@@ -134,6 +134,7 @@ impl<'a> Sweep<'a> {
 #[test]
 fn every_call_of_a_running_service_may_fail() {
     let Some(shim) = Shim::build("calls::every_call_of_a_running_service_may_fail") else { return };
+    let _turn = beside_others();
     let mut counts = Vec::new();
     for case in &CASES {
         let mut sweep = Sweep::start(&shim);
@@ -188,13 +189,20 @@ fn live(shim: &Shim, call: Call, number: i64, action: Action) -> bool {
 
 /// Lives through every N-th of each call.
 fn sweep_lives(name: &str, action: impl Fn(i32) -> Action) {
-    let Some(shim) = Shim::build(name) else { return };
-    let mut counts = Vec::new();
-    for (call, error) in LIFE {
-        let met = (1..MOST).find(|n| !live(&shim, call, *n, action(error))).expect("it ends") - 1;
-        assert!(met > 0, "{call:?} is never made");
-        counts.push(format!("{call:?} {met}"));
-    }
+    let _turn = beside_others();
+    let counts: Vec<String> = std::thread::scope(|scope| {
+        // Most of a life is waiting for the disk.
+        let sweeps = LIFE.map(|(call, error)| {
+            let action = action(error);
+            scope.spawn(move || {
+                let shim = Shim::build(name)?;
+                let met = (1..MOST).find(|n| !live(&shim, call, *n, action)).expect("it ends") - 1;
+                assert!(met > 0, "{call:?} is never made");
+                Some(format!("{call:?} {met}"))
+            })
+        });
+        sweeps.into_iter().filter_map(|sweep| sweep.join().expect("the sweep of one call")).collect()
+    });
     report(format_args!("{name}, 0 violations: {}", counts.join(", ")));
 }
 

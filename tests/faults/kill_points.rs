@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::audit::Audit;
 use crate::harness::{Content, Reply, Running, Service, Upstream, fetch_target};
-use crate::report;
 use crate::workload::{Acknowledged, content, fetch, upstream, url};
+use crate::{beside_others, report};
 
 const VARIABLE: &str = "ARTIFACT_CACHE_KILL_POINT";
 /// Downloads in flight when a miss dies.
@@ -39,6 +39,7 @@ fn first_string(rest: &str) -> String {
 
 #[test]
 fn nothing_acknowledged_is_lost_at_any_kill_point() {
+    let _turn = beside_others();
     let (mut here, mut elsewhere) = (0, Vec::new());
     for name in names() {
         match name.split('.').next().unwrap_or_default() {

@@ -6,10 +6,11 @@ use std::time::Duration;
 use crate::audit::Audit;
 use crate::harness::Service;
 use crate::workload::{Acknowledged, CLIENTS, Load, upstream};
-use crate::{report, rounds};
+use crate::{beside_others, report, rounds};
 
 #[test]
 fn nothing_acknowledged_is_lost_by_kills_under_load() {
+    let _turn = beside_others();
     let kills = rounds("ARTIFACT_CACHE_TEST_KILLS", 20);
     let (acknowledged, next) = (Acknowledged::default(), AtomicU64::new(0));
     let mut service = Service::new().env("FETCH__STREAM_AFTER_SECONDS", "0").start();

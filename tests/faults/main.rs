@@ -14,9 +14,26 @@ mod audit;
 mod calls;
 mod kill_points;
 mod kills;
+mod load;
+mod memory;
 mod power;
 mod shim;
 mod workload;
+
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Held by all tests, by one that measures time alone.
+static TURN: RwLock<()> = RwLock::new(());
+
+/// Waits until no test here measures time.
+fn beside_others() -> RwLockReadGuard<'static, ()> {
+    TURN.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits until no other test here runs, and keeps them waiting.
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    TURN.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// How many rounds of a random fault: what the variable says, else `usual`.
 fn rounds(variable: &str, usual: u64) -> u64 {

@@ -16,7 +16,7 @@ use crate::audit::Audit;
 use crate::harness::{Running, Service, skip};
 use crate::shim::{Action, Call, Shim, Which};
 use crate::workload::{Acknowledged, CLIENTS, Load, upstream};
-use crate::{report, rounds};
+use crate::{beside_others, report, rounds};
 
 /// `_IOR('X', 125, __u32)`.
 const SHUTDOWN: libc::c_ulong = 0x8004_587d;
@@ -133,6 +133,7 @@ fn moment() -> Duration {
 }
 
 fn cuts(kind: &str, name: &str) {
+    let _turn = beside_others();
     let wanted = rounds("ARTIFACT_CACHE_TEST_CUTS", 10);
     let (mut done, mut kept, mut orphans) = (0, 0, 0);
     while done < wanted {
@@ -170,6 +171,7 @@ fn nothing_acknowledged_is_lost_by_power_cuts_on_xfs() {
 #[test]
 fn a_sync_that_lies_is_found_out() {
     let name = "power::a_sync_that_lies_is_found_out";
+    let _turn = beside_others();
     let Some(shim) = Shim::build(name) else { return };
     for kind in ["ext4", "xfs"] {
         let disk = match Disk::make(kind) {

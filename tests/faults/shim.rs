@@ -48,7 +48,7 @@ pub struct Shim {
     library: PathBuf,
     page: PathBuf,
     control: File,
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 /// Where the numbers are in the page, in bytes (`struct control`).
@@ -77,7 +77,7 @@ impl Shim {
         let page = dir.path().join("control");
         let control = File::options().create(true).truncate(true).read(true).write(true).open(&page).unwrap();
         control.set_len(4096).unwrap();
-        let shim = Shim { library, page, control, dir };
+        let shim = Shim { library, page, control, _dir: dir };
         shim.rest();
         Some(shim)
     }
@@ -138,10 +138,5 @@ impl Shim {
         let mut bytes = [0; 8];
         self.control.read_exact_at(&mut bytes, offset).unwrap();
         i64::from_ne_bytes(bytes)
-    }
-
-    /// A directory that lives as long as this.
-    pub fn dir(&self) -> &Path {
-        self.dir.path()
     }
 }

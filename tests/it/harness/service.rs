@@ -365,9 +365,19 @@ impl Running {
         assert_eq!(self.blobs_on_disk(), 0, "no blob is on disk");
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get() as u32
+    }
+
+    /// Files, sockets and the like that it has open.
+    pub fn open_descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("Linux lists them").count()
+    }
+
     /// Peak resident memory so far, in bytes.
     pub fn peak_rss_bytes(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid.as_raw_nonzero())).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux says the peak");
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
     }
