@@ -9,9 +9,11 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
 use crate::harness::{Client, Content, Reply, Running, Service, Upstream, eventually, fetch_target};
 use crate::harness::{raise_file_limit, skip};
-use crate::{alone, report};
+use crate::{alone, beside_others, report};
 
 /// `server.max_connections`: all there is room for.
 const CONNECTIONS: usize = 4_096;
@@ -168,4 +170,24 @@ fn three_thousand_slow_clients_harm_nobody() {
     ));
     let slower = best_loaded / best_quiet;
     assert!(slower <= MOST_TIMES_SLOWER, "{slower:.1} times as slow beside slow clients");
+}
+
+/// With a queue of 128 the next connection's SYN is dropped, and sent again after a second.
+#[test]
+fn a_burst_of_connections_keeps_nobody_waiting() {
+    const BURST: usize = 1_000;
+    let name = "load::a_burst_of_connections_keeps_nobody_waiting";
+    let limit = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap_or_default();
+    if limit.trim().parse::<usize>().is_ok_and(|limit| limit <= BURST) || !raise_file_limit(4_000) {
+        return skip(name, "needs 4,000 open files and net.core.somaxconn over 1,000");
+    }
+    let _turn = beside_others();
+    let service = Service::new().start();
+    // A service that accepts nothing for a moment, because it is busy.
+    service.signal(Signal::STOP);
+    let short_of_a_second = Duration::from_millis(900);
+    let connect = |_| TcpStream::connect_timeout(&service.api, short_of_a_second).ok();
+    let burst: Vec<TcpStream> = (0..BURST).map_while(connect).collect();
+    service.signal(Signal::CONT);
+    assert_eq!(burst.len(), BURST, "connections before one would have had to wait for a second");
 }

@@ -387,9 +387,14 @@ impl Running {
         self.unfinished = true;
     }
 
+    /// Sends a signal and returns at once.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid, signal).expect("the process is there");
+    }
+
     /// Sends SIGTERM and returns at once.
     pub fn signal_term(&self) {
-        kill_process(self.pid, Signal::TERM).expect("the process is there");
+        self.signal(Signal::TERM);
     }
 
     /// Waits for the end and returns exit status and stderr.
@@ -415,7 +420,7 @@ impl Running {
 
     /// SIGKILL.
     pub fn kill(&mut self) {
-        kill_process(self.pid, Signal::KILL).expect("the process is there");
+        self.signal(Signal::KILL);
         self.wait_exit();
     }
 
