@@ -7,13 +7,17 @@
 //! - Nothing here ever deletes a blob: what is damaged is moved aside, and what is deleted is decided elsewhere.
 //! - A path MUST be formed from a parsed [`Digest`] only, never from request text.
 
+mod partial;
 mod read;
+mod room;
 mod spool;
+mod sweep_lock;
+mod tree;
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -24,14 +28,21 @@ use std::{
 use tokio::sync::Semaphore;
 
 use crate::{artifact::Digest, config::Storage, error::Error, kill_point};
+use partial::Partials;
+pub use partial::{Origin, Partial};
 pub use read::{BufferPool, Chunk, FileRange, Mode, Reader};
+use room::Disk;
 pub use spool::{Spool, SpoolFile, Written};
+pub use sweep_lock::SweepLock;
+pub use tree::{Taken, Tree, Way};
 
 /// Growing files, beside the blobs because a rename needs one file system.
 const SPOOL_DIR: &str = ".spool";
 /// Damaged files, kept for the operator.
 const QUARANTINE_DIR: &str = ".quarantine";
 const LOCK_FILE: &str = ".lock";
+/// Which database records what is here.
+const OWNER_FILE: &str = ".database";
 /// Bytes of all downloads together that may wait for the disk.
 const SPOOL_POOL_BYTES: usize = 16 << 20;
 
@@ -95,9 +106,8 @@ pub enum Held {
 #[derive(Debug)]
 pub struct Blobs {
     base: PathBuf,
-    min_free_bytes: u64,
-    /// Bytes that downloads under way have announced and not yet allocated.
-    reserved: Arc<AtomicU64>,
+    disk: Arc<Disk>,
+    partials: Arc<Partials>,
     next_spool: AtomicU64,
     spool_pool: Arc<Semaphore>,
     buffers: BufferPool,
@@ -115,7 +125,8 @@ struct Shard {
 }
 
 impl Blobs {
-    /// Opens and locks the store, making its directories when they are not there, and clears leftover spool files.
+    /// Opens and locks the store, making its directories when they are not there, and clears leftover spool files but
+    /// for those that can be resumed.
     pub fn open(config: &Storage) -> Result<Blobs, OpenError> {
         let base = config.base_path.clone();
         let failed = |path: &Path| {
@@ -139,26 +150,20 @@ impl Blobs {
             Err(TryLockError::WouldBlock) => return Err(OpenError::Locked { path: base }),
             Err(TryLockError::Error(cause)) => return Err(failed(&lock_path)(cause)),
         }
-        for dir in [&spool, &quarantine] {
-            if fs::metadata(dir).map_err(failed(dir))?.dev()
-                != fs::metadata(&base).map_err(failed(&base))?.dev()
-            {
-                return Err(OpenError::OtherFileSystem { path: dir.clone() });
-            }
-        }
+        let partials = Arc::new(Partials::open(&spool, config)?);
+        let disk = Disk::new(&base, config.min_free_bytes, partials.clone());
         // Proves that it can be written before the first client has to find out.
-        let probe = spool.join("probe");
-        fs::write(&probe, b"").map_err(failed(&probe))?;
-        for entry in fs::read_dir(&spool).map_err(failed(&spool))? {
-            let path = entry.map_err(failed(&spool))?.path();
-            fs::remove_file(&path).map_err(failed(&path))?;
+        match disk.probe() {
+            // Hits can be served all the same, and room may come.
+            Err(OpenError::Io { cause, .. }) if is_full(&cause) => disk.note_failure(true),
+            tried => tried?,
         }
-        kill_point::pass("open.spool_cleared");
+        kill_point::pass("open.probed");
         Ok(Blobs {
+            disk: Arc::new(disk),
             base,
-            min_free_bytes: config.min_free_bytes,
-            reserved: Arc::default(),
-            next_spool: AtomicU64::new(0),
+            next_spool: AtomicU64::new(partials.next_number()),
+            partials,
             spool_pool: Arc::new(Semaphore::new(SPOOL_POOL_BYTES / 1024)),
             buffers: BufferPool::default(),
             shards: Box::new(std::array::from_fn(|_| Mutex::default())),
@@ -171,34 +176,25 @@ impl Blobs {
     /// # Errors
     /// When the file system itself fails; a blob that isn't there is an answer.
     pub fn open_blob(&self, digest: Digest, size: u64) -> Result<Held, Error> {
-        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-        match OpenOptions::new().read(true).custom_flags(flags).open(self.path(digest)) {
-            Ok(file) => {
-                let found =
-                    file.metadata().map_err(|cause| Error::io("Failed to read cache storage", &cause))?;
-                Ok(match (found.is_file(), found.len() == size) {
-                    (true, true) => Held::Whole(file),
-                    (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
-                    (false, _) => Held::Damaged("is not a regular file".to_owned()),
-                })
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
-            Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
-                Ok(Held::Damaged("is a symbolic link".to_owned()))
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
-                Ok(Held::Damaged("has a file where its directory should be".to_owned()))
-            }
-            Err(cause) => Err(Error::io("Failed to read cache storage", &cause)),
-        }
+        held(&self.path(digest), size).map_err(|cause| Error::io("Failed to read cache storage", &cause))
     }
 
     /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Nothing is deleted.
     pub fn quarantine(&self, digest: Digest, size: u64) -> Result<(), Error> {
         let _shard = self.shard(digest);
-        if !matches!(self.open_blob(digest, size)?, Held::Damaged(_)) {
-            return Ok(());
+        match self.open_blob(digest, size)? {
+            Held::Damaged(_) => self.set_aside(digest),
+            Held::Whole(_) | Held::Missing => Ok(()),
         }
+    }
+
+    /// Moves what lies at a blob's place out of the way, whatever its size: its content was found to be wrong.
+    pub fn quarantine_content(&self, digest: Digest) -> Result<(), Error> {
+        let _shard = self.shard(digest);
+        self.set_aside(digest)
+    }
+
+    fn set_aside(&self, digest: Digest) -> Result<(), Error> {
         kill_point::pass("quarantine.found");
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
@@ -214,11 +210,40 @@ impl Blobs {
     /// # Errors
     /// When there is no room for it under `storage.min_free_bytes`, counting what downloads under way still need, or
     /// the file can't be made.
-    pub fn spool(&self, announced: Option<u64>) -> Result<Spool, Error> {
+    pub fn spool(&self, announced: Option<u64>, origin: Origin) -> Result<Spool, Error> {
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let path = self.base.join(SPOOL_DIR).join(format!("{number:016x}"));
-        let room = spool::Room::reserve(self.reserved.clone(), self.min_free_bytes, &self.base, announced)?;
-        Spool::create(path, room, self.spool_pool.clone())
+        let room = self.disk.reserve(announced, 0)?;
+        Spool::create(path, room, self.partials.checkpoints(origin), self.spool_pool.clone())
+    }
+
+    /// What an earlier download of a URL has left, to be resumed or given up by the caller.
+    pub fn take_partial(&self, source_url: &str) -> Option<Partial> {
+        self.partials.take(source_url)
+    }
+
+    /// Goes on with what an earlier download of `announced` bytes has left, where its last checkpoint was. Blocks while
+    /// all of it is read and hashed.
+    ///
+    /// # Errors
+    /// When it isn't what it was any more, or there is no room for the rest. It is removed then.
+    pub fn resume(&self, partial: Partial, announced: Option<u64>) -> io::Result<Spool> {
+        Spool::resume(partial, announced, &self.disk, &self.partials, self.spool_pool.clone())
+    }
+
+    /// Removes what an earlier download has left.
+    pub fn give_up(&self, partial: Partial) {
+        partial.give_up();
+    }
+
+    /// Removes what downloads have left that nobody went on with for `storage.partial_keep_hours`.
+    pub fn give_up_expired_partials(&self) {
+        self.partials.give_up_expired();
+    }
+
+    /// Bytes that downloads have left which nobody goes on with at the moment.
+    pub fn partial_bytes(&self) -> u64 {
+        self.partials.bytes()
     }
 
     /// Makes a verified spool the blob of its digest: on disk first, then under its name, then the name on disk.
@@ -227,9 +252,10 @@ impl Blobs {
     pub async fn publish(self: &Arc<Self>, written: Written) -> Result<Published, Error> {
         let blobs = self.clone();
         tokio::task::spawn_blocking(move || {
-            let replaced = blobs
-                .publish_now(&written)
-                .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
+            let published = blobs.publish_now(&written);
+            blobs.disk.note_failure(published.is_err());
+            let replaced =
+                published.map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
             Ok(Published { file: written.file().clone(), replaced })
         })
         .await
@@ -284,35 +310,65 @@ impl Blobs {
 
     /// The digests of all blobs that begin with this byte, in no order. Whatever else lies there is left out.
     pub fn list(&self, first: u8) -> io::Result<Vec<Digest>> {
-        let mut found = Vec::new();
-        let outer = match fs::read_dir(self.base.join(format!("{first:02x}"))) {
-            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
-            outer => outer?,
-        };
-        for inner in outer {
-            let inner = inner?;
-            if inner.file_type()?.is_dir() {
-                for blob in fs::read_dir(inner.path())? {
-                    found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
-                }
+        list(&self.base, first)
+    }
+
+    /// No blob is here, and none was ever published here.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        for entry in fs::read_dir(&self.base)? {
+            let entry = entry?;
+            let is_first_level = |name: &str| name.len() == 2 && u8::from_str_radix(name, 16).is_ok();
+            if entry.file_name().to_str().is_some_and(is_first_level) && entry.file_type()?.is_dir() {
+                return Ok(false);
             }
         }
-        Ok(found)
+        Ok(true)
+    }
+
+    /// What was last noted with [`Blobs::note_owner`]: which database records what is here.
+    pub fn owner(&self) -> io::Result<Option<String>> {
+        match fs::read_to_string(self.base.join(OWNER_FILE)) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+            // Damaged, it names nobody.
+            Err(cause) if cause.kind() == io::ErrorKind::InvalidData => Ok(Some(String::new())),
+            owner => owner.map(|text| Some(text.trim().to_owned())),
+        }
+    }
+
+    /// Notes, in one step and durably, which database records what is here; `None` that any may.
+    pub fn note_owner(&self, owner: Option<&str>) -> io::Result<()> {
+        let path = self.base.join(OWNER_FILE);
+        let Some(owner) = owner else {
+            return match fs::remove_file(&path) {
+                Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+                removed => removed.and_then(|()| sync_dir(&self.base)),
+            };
+        };
+        let new = path.with_extension("new");
+        fs::write(&new, format!("{owner}\n"))?;
+        File::open(&new)?.sync_all()?;
+        fs::rename(&new, &path)?;
+        sync_dir(&self.base)
     }
 
     /// Bytes that an ordinary user can still write on the storage's file system.
     pub fn free_bytes(&self) -> io::Result<u64> {
-        spool::free_bytes(&self.base)
+        self.disk.free_bytes()
     }
 
     /// Fails when no download can be kept, before its upstream has to be asked.
     pub fn check_room(&self) -> Result<(), Error> {
-        if self.is_nearly_full() { Err(Error::disk_full()) } else { Ok(()) }
+        if matches!(self.disk.has_room(0), Ok(false)) { Err(Error::disk_full()) } else { Ok(()) }
     }
 
     /// No new download can be kept: less than `storage.min_free_bytes` is left.
     pub fn is_nearly_full(&self) -> bool {
-        self.free_bytes().is_ok_and(|free| free < self.min_free_bytes)
+        self.disk.is_nearly_full().unwrap_or(false)
+    }
+
+    /// New blobs can be written, as far as is known.
+    pub fn is_writable(&self) -> bool {
+        self.disk.is_writable()
     }
 
     /// Hits can't be served: the base directory can't be read.
@@ -326,18 +382,68 @@ impl Blobs {
     }
 
     fn path(&self, digest: Digest) -> PathBuf {
-        let hex = digest.to_string();
-        let mut path = PathBuf::with_capacity(self.base.as_os_str().len() + 72);
-        path.push(&self.base);
-        path.push(&hex[0..2]);
-        path.push(&hex[2..4]);
-        path.push(&hex);
-        path
+        place(&self.base, digest)
     }
 
     fn shard(&self, digest: Digest) -> std::sync::MutexGuard<'_, Shard> {
         self.shards[usize::from(digest.as_bytes()[0])].lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Where a blob is, or would be, in a store at `base`.
+fn place(base: &Path, digest: Digest) -> PathBuf {
+    let hex = digest.to_string();
+    let mut path = PathBuf::with_capacity(base.as_os_str().len() + 72);
+    path.push(base);
+    path.push(&hex[0..2]);
+    path.push(&hex[2..4]);
+    path.push(&hex);
+    path
+}
+
+/// What is found at a blob's place.
+fn held(path: &Path, size: u64) -> io::Result<Held> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => {
+            let found = file.metadata()?;
+            Ok(match (found.is_file(), found.len() == size) {
+                (true, true) => Held::Whole(file),
+                (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
+                (false, _) => Held::Damaged("is not a regular file".to_owned()),
+            })
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
+        Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
+            Ok(Held::Damaged("is a symbolic link".to_owned()))
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => {
+            Ok(Held::Damaged("has a file where its directory should be".to_owned()))
+        }
+        Err(cause) => Err(cause),
+    }
+}
+
+/// The digests of all blobs at `base` that begin with this byte.
+fn list(base: &Path, first: u8) -> io::Result<Vec<Digest>> {
+    let mut found = Vec::new();
+    let outer = match fs::read_dir(base.join(format!("{first:02x}"))) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(found),
+        outer => outer?,
+    };
+    for inner in outer {
+        let inner = inner?;
+        if inner.file_type()?.is_dir() {
+            for blob in fs::read_dir(inner.path())? {
+                found.extend(blob?.file_name().to_str().and_then(|name| name.parse::<Digest>().ok()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn is_full(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn sync_dir(path: &Path) -> io::Result<()> {

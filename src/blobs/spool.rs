@@ -9,39 +9,38 @@ use std::{
     io,
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use bytes::Bytes;
-use rustix::fs::FallocateFlags;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     task::JoinHandle,
 };
 
+use super::{
+    partial::{self, Checkpoints, Partial, Partials},
+    room::{Disk, Room},
+};
 use crate::{
     artifact::{Digest, digest::Hasher},
     error::Error,
+    kill_point,
 };
 
 /// Bytes of one download that may wait for the disk.
 const WINDOW_BYTES: usize = 1 << 20;
-/// How far the file's blocks are allocated ahead of the writer, at most: a claimed length must not cost more.
-const ALLOCATE_AHEAD: u64 = 64 << 20;
-/// Below this, allocating ahead costs more than it saves.
-const ALLOCATE_FROM: u64 = 1 << 20;
 /// Write-out to the disk is begun every so many bytes, so that the final fsync has little left to wait for.
 const WRITE_OUT_EVERY: u64 = 8 << 20;
 
-/// The writing end of a growing file. Dropping it before [`Spool::finish`] gives the file up.
+/// The writing end of a growing file. Dropping it before [`Spool::finish`] leaves the file to a later download if it
+/// has got far enough for a checkpoint, and removes it otherwise.
 #[derive(Debug)]
 pub struct Spool {
+    /// Dropped first: a condemned file has lost its name when the thread learns that no more comes.
     file: Unpublished,
-    chunks: mpsc::UnboundedSender<Chunk>,
-    thread: JoinHandle<io::Result<(Digest, u64)>>,
+    orders: mpsc::UnboundedSender<Order>,
+    thread: JoinHandle<io::Result<Ended>>,
     window: Arc<Semaphore>,
     pool: Arc<Semaphore>,
     sent: u64,
@@ -51,10 +50,18 @@ pub struct Spool {
 #[derive(Debug)]
 pub struct SpoolFile {
     file: Arc<File>,
-    /// Where it lies now; `None` once it has its final name.
-    path: Mutex<Option<PathBuf>>,
+    /// `None` once it has its final name, or none at all.
+    name: Mutex<Option<Name>>,
     /// Bytes that may be read.
     watermark: watch::Sender<u64>,
+}
+
+/// Where a growing file lies.
+#[derive(Debug)]
+struct Name {
+    path: PathBuf,
+    /// There is a checkpoint beside it.
+    is_resumable: bool,
 }
 
 /// A spool that has got its last byte.
@@ -67,15 +74,19 @@ pub struct Written {
     pub(super) file: Unpublished,
 }
 
-/// Removes the file's name when it is dropped before the file was published; readers keep what they have open.
+/// Removes the name of a condemned file when it is dropped before the file was published; readers keep what they have
+/// open. Any other is left to its thread, which knows whether there is a checkpoint.
 #[derive(Debug)]
-pub(super) struct Unpublished(pub(super) Arc<SpoolFile>);
+pub(super) struct Unpublished {
+    file: Arc<SpoolFile>,
+    /// Of no use to a later download.
+    is_condemned: bool,
+}
 
 impl Drop for Unpublished {
     fn drop(&mut self) {
-        let path = self.0.path.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Err(cause)) = path.map(fs::remove_file) {
-            tracing::warn!(error = %cause, "leftover spool file, removed at the next start");
+        if self.is_condemned {
+            self.file.remove();
         }
     }
 }
@@ -83,9 +94,19 @@ impl Drop for Unpublished {
 impl Written {
     /// The file.
     pub fn file(&self) -> &Arc<SpoolFile> {
-        &self.file.0
+        &self.file.file
     }
 }
+
+/// What the thread is told.
+enum Order {
+    Append(Chunk),
+    /// That was the last byte.
+    Finish,
+}
+
+/// How the thread ended: with digest and length of the whole, or early.
+type Ended = Option<(Digest, u64)>;
 
 /// A piece on its way to the disk, and its share of the memory.
 struct Chunk {
@@ -95,26 +116,67 @@ struct Chunk {
 }
 
 impl Spool {
-    pub(super) fn create(path: PathBuf, room: Room, pool: Arc<Semaphore>) -> Result<Spool, Error> {
-        let file = File::options()
-            .create_new(true)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
-        let (watermark, _) = watch::channel(0);
-        let file = Arc::new(SpoolFile { file: Arc::new(file), path: Mutex::new(Some(path)), watermark });
-        let (chunks, incoming) = mpsc::unbounded_channel();
-        let writer = Writing { file: file.clone(), hasher: Hasher::new(), written: 0, written_out: 0, room };
+    /// Makes a new file.
+    pub(super) fn create(
+        path: PathBuf,
+        room: Room,
+        checkpoints: Option<Checkpoints>,
+        pool: Arc<Semaphore>,
+    ) -> Result<Spool, Error> {
+        let file = File::options().create_new(true).read(true).write(true).open(&path).map_err(|cause| {
+            room.disk().note_failure(true);
+            Error::io("Failed to write to cache storage", &cause)
+        })?;
+        let name = Name { path, is_resumable: false };
+        Ok(Spool::start(file, name, Hasher::new(), 0, room, checkpoints, pool))
+    }
+
+    /// Goes on with a file that a download left, from its last checkpoint. Blocks while the file is hashed up to there.
+    ///
+    /// # Errors
+    /// When the file is not what its checkpoint says. It is removed then.
+    pub(super) fn resume(
+        partial: Partial,
+        announced: Option<u64>,
+        disk: &Arc<Disk>,
+        partials: &Arc<Partials>,
+        pool: Arc<Semaphore>,
+    ) -> io::Result<Spool> {
+        let offset = partial.checkpoint.offset;
+        let ready = disk.reserve(announced, offset).map_err(io::Error::other).and_then(|room| {
+            let (file, hasher) = check(&partial)?;
+            Ok((room, file, hasher))
+        });
+        match ready {
+            Ok((room, file, hasher)) => {
+                let name = Name { path: partial.path, is_resumable: true };
+                let checkpoints = Some(Checkpoints::of(partials, partial.checkpoint));
+                Ok(Spool::start(file, name, hasher, offset, room, checkpoints, pool))
+            }
+            Err(cause) => {
+                partial.give_up();
+                Err(cause)
+            }
+        }
+    }
+
+    fn start(
+        file: File,
+        name: Name,
+        hasher: Hasher,
+        offset: u64,
+        room: Room,
+        checkpoints: Option<Checkpoints>,
+        pool: Arc<Semaphore>,
+    ) -> Spool {
+        let (watermark, _) = watch::channel(offset);
+        let file = Arc::new(SpoolFile { file: Arc::new(file), name: Mutex::new(Some(name)), watermark });
+        let (orders, incoming) = mpsc::unbounded_channel();
+        let writer =
+            Writing { file: file.clone(), hasher, written: offset, written_out: offset, room, checkpoints };
         let thread = tokio::task::spawn_blocking(move || writer.run(incoming));
-        Ok(Spool {
-            file: Unpublished(file),
-            chunks,
-            thread,
-            window: Arc::new(Semaphore::new(WINDOW_BYTES / 1024)),
-            pool,
-            sent: 0,
-        })
+        let window = Arc::new(Semaphore::new(WINDOW_BYTES / 1024));
+        Spool { file: Unpublished { file, is_condemned: false }, orders, thread, window, pool, sent: offset }
     }
 
     /// Appends `bytes`, waiting while too much is already on its way to the disk.
@@ -128,7 +190,7 @@ impl Spool {
         let window = self.window.clone().acquire_many_owned(kib).await;
         let pool = self.pool.clone().acquire_many_owned(kib).await;
         let (Ok(_window), Ok(_pool)) = (window, pool) else { return Err(writer_gone()) };
-        if self.chunks.send(Chunk { bytes, _window, _pool }).is_err() {
+        if self.orders.send(Order::Append(Chunk { bytes, _window, _pool })).is_err() {
             return Err(match (&mut self.thread).await {
                 Ok(Err(cause)) => Error::io("Failed to write to cache storage", &cause),
                 _ => writer_gone(),
@@ -143,7 +205,7 @@ impl Spool {
     /// # Errors
     /// What the disk says; the spool is then lost.
     pub async fn written(&mut self, length: u64) -> Result<(), Error> {
-        let mut watermark = self.file.0.watermark();
+        let mut watermark = self.file.file.watermark();
         tokio::select! {
             // The sender lives as long as the file, so this only ends well.
             _ = watermark.wait_for(|written| *written >= length) => Ok(()),
@@ -166,16 +228,37 @@ impl Spool {
 
     /// The file, for those who read along.
     pub fn file(&self) -> &Arc<SpoolFile> {
-        &self.file.0
+        &self.file.file
+    }
+
+    /// Says that no later download must go on with this file.
+    pub fn condemn(&mut self) {
+        self.file.is_condemned = true;
+    }
+
+    /// Gives up, as dropping does, and waits until nothing happens to the file any more.
+    pub async fn leave(self) {
+        let Spool { file: unpublished, orders, thread, .. } = self;
+        let file = unpublished.file.clone();
+        drop(unpublished);
+        drop(orders);
+        // It has ended when it met an error, and `write` has asked it why.
+        if !thread.is_finished() && thread.await.is_err() {
+            file.remove();
+        }
     }
 
     /// Waits until every byte is written and hashed.
-    pub async fn finish(self) -> Result<Written, Error> {
-        drop(self.chunks);
-        match self.thread.await {
-            Ok(Ok((digest, size))) => Ok(Written { digest, size, file: self.file }),
+    pub async fn finish(mut self) -> Result<Written, Error> {
+        // Not taken when the thread has met an error, which it tells now.
+        let _ = self.orders.send(Order::Finish);
+        let ended = self.thread.await;
+        // Who has the whole and can't store it has nothing that a later download could use.
+        self.file.is_condemned = true;
+        match ended {
+            Ok(Ok(Some((digest, size)))) => Ok(Written { digest, size, file: self.file }),
             Ok(Err(cause)) => Err(Error::io("Failed to write to cache storage", &cause)),
-            Err(_) => Err(writer_gone()),
+            Ok(Ok(None)) | Err(_) => Err(writer_gone()),
         }
     }
 }
@@ -226,12 +309,64 @@ impl SpoolFile {
 
     /// Gives the file its final name; from then on it stays.
     pub(super) fn rename_to(&self, to: &Path) -> io::Result<()> {
-        let mut path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(from) = path.as_ref() {
-            fs::rename(from, to)?;
-            *path = None;
+        let mut name = self.name();
+        if let Some(Name { path, is_resumable }) = name.as_ref() {
+            fs::rename(path, to)?;
+            if *is_resumable {
+                partial::remove_checkpoint(path);
+            }
+            *name = None;
         }
         Ok(())
+    }
+
+    /// Where it lies, while it has a name of its own.
+    pub(super) fn path(&self) -> Option<PathBuf> {
+        self.name().as_ref().map(|name| name.path.clone())
+    }
+
+    /// Runs `place`, which puts a checkpoint beside the file, unless the file has lost its name: then it says false.
+    pub(super) fn make_resumable(&self, place: impl FnOnce() -> io::Result<()>) -> io::Result<bool> {
+        let mut name = self.name();
+        let Some(name) = name.as_mut() else { return Ok(false) };
+        place()?;
+        name.is_resumable = true;
+        Ok(true)
+    }
+
+    /// Hands the name over to the caller.
+    pub(super) fn take_name(&self) -> Option<PathBuf> {
+        self.name().take().map(|name| name.path)
+    }
+
+    fn remove(&self) {
+        if let Some(Name { path, is_resumable }) = self.name().take() {
+            partial::remove(&path, is_resumable);
+        }
+    }
+
+    fn name(&self) -> MutexGuard<'_, Option<Name>> {
+        self.name.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Cuts a file that a download left at its checkpoint, and hashes it up to there.
+fn check(partial: &Partial) -> io::Result<(File, Hasher)> {
+    let file = partial::open_regular(File::options().read(true).write(true), &partial.path)?;
+    let offset = partial.checkpoint.offset;
+    file.set_len(offset)?;
+    kill_point::pass("resume.cut");
+    let (mut hasher, mut buffer, mut at) = (Hasher::new(), vec![0; 256 * 1024], 0);
+    while at < offset {
+        let step = (offset - at).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..step], at)?;
+        hasher.update(&buffer[..step]);
+        at += step as u64;
+    }
+    kill_point::pass("resume.hashed");
+    match partial.checkpoint.agrees(hasher.clone()) {
+        true => Ok((file, hasher)),
+        false => Err(io::Error::other("its bytes are not those that its checkpoint was made of")),
     }
 }
 
@@ -242,20 +377,40 @@ struct Writing {
     written: u64,
     written_out: u64,
     room: Room,
+    /// `None` when nothing is kept of a download that breaks off.
+    checkpoints: Option<Checkpoints>,
 }
 
 impl Writing {
-    fn run(mut self, mut incoming: mpsc::UnboundedReceiver<Chunk>) -> io::Result<(Digest, u64)> {
+    fn run(mut self, incoming: mpsc::UnboundedReceiver<Order>) -> io::Result<Ended> {
+        let (file, disk) = (self.file.clone(), self.room.disk().clone());
+        let ended = self.follow(incoming).and_then(|is_whole| self.end(is_whole));
+        if ended.is_err() {
+            disk.note_failure(true);
+            // What is in it can't be known any more, not even what an earlier checkpoint speaks of.
+            file.remove();
+        }
+        ended
+    }
+
+    /// Appends what comes; says whether that is the whole.
+    fn follow(&mut self, mut incoming: mpsc::UnboundedReceiver<Order>) -> io::Result<bool> {
         while let Some(first) = incoming.blocking_recv() {
-            self.append(&first)?;
+            let mut next = Some(first);
             // One wake-up of the readers for all that has queued up, not one for each piece.
-            while let Ok(next) = incoming.try_recv() {
-                self.append(&next)?;
+            while let Some(order) = next {
+                match order {
+                    Order::Append(chunk) => self.append(&chunk)?,
+                    Order::Finish => {
+                        self.file.watermark.send_replace(self.written);
+                        return Ok(true);
+                    }
+                }
+                next = incoming.try_recv().ok();
             }
             self.file.watermark.send_replace(self.written);
         }
-        self.room.trim(&self.file.file, self.written)?;
-        Ok((self.hasher.finish(), self.written))
+        Ok(false)
     }
 
     fn append(&mut self, chunk: &Chunk) -> io::Result<()> {
@@ -268,7 +423,24 @@ impl Writing {
             write_out(&self.file.file, self.written_out, self.written - self.written_out)?;
             self.written_out = self.written;
         }
-        Ok(())
+        match &mut self.checkpoints {
+            // The last byte is about to be made durable with all others.
+            Some(checkpoints) if self.room.announced() != Some(self.written) => {
+                checkpoints.advance(&self.file, self.written, &self.hasher)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn end(mut self, is_whole: bool) -> io::Result<Ended> {
+        self.room.trim(&self.file.file, self.written)?;
+        match self.checkpoints {
+            Some(mut checkpoints) if is_whole => checkpoints.settle()?,
+            Some(checkpoints) => checkpoints.leave(&self.file, self.written, &self.hasher)?,
+            None if is_whole => {}
+            None => self.file.remove(),
+        }
+        Ok(is_whole.then(|| (self.hasher.finish(), self.written)))
     }
 }
 
@@ -293,95 +465,4 @@ fn write_out(file: &File, offset: u64, length: u64) -> io::Result<()> {
             cause => Err(cause),
         },
     }
-}
-
-/// One download's claim on the disk: what it announced and has not allocated yet is kept from other downloads.
-#[derive(Debug)]
-pub(super) struct Room {
-    reserved: Arc<AtomicU64>,
-    /// This download's part of `reserved`.
-    outstanding: u64,
-    announced: Option<u64>,
-    allocated: u64,
-    can_allocate: bool,
-    min_free_bytes: u64,
-    base: PathBuf,
-}
-
-impl Room {
-    /// Claims room for `announced` bytes, refusing when that would leave less than `min_free_bytes`.
-    pub(super) fn reserve(
-        reserved: Arc<AtomicU64>,
-        min_free_bytes: u64,
-        base: &Path,
-        announced: Option<u64>,
-    ) -> Result<Room, Error> {
-        let free = free_bytes(base).map_err(|cause| Error::io("Failed to write to cache storage", &cause))?;
-        let outstanding = announced.unwrap_or(0);
-        let others = reserved.fetch_add(outstanding, Ordering::Relaxed);
-        let room = Room {
-            reserved,
-            outstanding,
-            announced,
-            allocated: 0,
-            can_allocate: true,
-            min_free_bytes,
-            base: base.to_owned(),
-        };
-        // From here on dropping `room` gives the claim back.
-        match free.checked_sub(others).and_then(|left| left.checked_sub(outstanding)) {
-            Some(left) if left >= min_free_bytes => Ok(room),
-            _ => Err(Error::disk_full()),
-        }
-    }
-
-    /// Makes sure that the file may grow to `end`, allocating blocks in growing steps ahead of the writer.
-    fn make(&mut self, file: &File, end: u64) -> io::Result<()> {
-        if end <= self.allocated {
-            return Ok(());
-        }
-        let ahead = self.allocated.clamp(ALLOCATE_FROM, ALLOCATE_AHEAD);
-        let target = match self.announced {
-            Some(length) => (self.allocated + ahead).min(length).max(end),
-            None => (self.allocated + ahead).max(end),
-        };
-        let step = target - self.allocated;
-        if self.announced.is_none_or(|length| end > length)
-            && free_bytes(&self.base)? < self.min_free_bytes + step
-        {
-            return Err(io::Error::from(io::ErrorKind::StorageFull));
-        }
-        if self.can_allocate
-            && self.announced.is_none_or(|length| length > ALLOCATE_FROM)
-            && target > ALLOCATE_FROM
-        {
-            match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, self.allocated, step) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => self.can_allocate = false,
-                Err(cause) => return Err(cause.into()),
-            }
-        }
-        self.allocated = target;
-        let settled = step.min(self.outstanding);
-        self.outstanding -= settled;
-        self.reserved.fetch_sub(settled, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Gives back blocks allocated past the end.
-    fn trim(&mut self, file: &File, length: u64) -> io::Result<()> {
-        if self.allocated > length { file.set_len(length) } else { Ok(()) }
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        self.reserved.fetch_sub(self.outstanding, Ordering::Relaxed);
-    }
-}
-
-/// Bytes free to an ordinary user on the file system of `path`.
-pub(super) fn free_bytes(path: &Path) -> io::Result<u64> {
-    let stat = rustix::fs::statvfs(path)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

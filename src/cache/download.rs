@@ -4,6 +4,9 @@
 //! when a strong validator, or in the end the digest that a client gave, proves that it is the same content. An attempt
 //! that begins again gets a new spool, and clients who already have bytes of the old one go on only if the new one
 //! begins with exactly those.
+//!
+//! A flight that fails, or is killed, leaves its spool to the next one of its URL, up to the last checkpoint; that one
+//! goes on with it as with an earlier attempt of its own.
 
 use std::{
     sync::Arc,
@@ -19,7 +22,7 @@ use super::{
 };
 use crate::{
     artifact::Version,
-    blobs::{Published, Spool, SpoolFile},
+    blobs::{Origin, Published, Spool, SpoolFile},
     catalog::Record,
     error::Error,
     kill_point,
@@ -43,9 +46,15 @@ struct Part {
     total: Option<u64>,
     /// It was continued without a validator, so only a client's digest can prove that it is one content.
     unvalidated: bool,
+    /// An earlier flight has left it, and the upstream has not said yet that it can be continued.
+    inherited: bool,
 }
 
 impl Part {
+    fn new(head: Head, spool: Spool) -> Part {
+        Part { head, spool, unproven: None, total: None, unvalidated: false, inherited: false }
+    }
+
     /// The whole length, if any answer has said it.
     fn length(&self) -> Option<u64> {
         self.head.length.or(self.total)
@@ -110,6 +119,8 @@ struct Download<'a> {
     progress: Instant,
     /// How many bytes that makes.
     high_water: u64,
+    /// How many it made when failures were last forgiven for it.
+    counted: u64,
 }
 
 impl<'a> Download<'a> {
@@ -122,6 +133,7 @@ impl<'a> Download<'a> {
             from_the_start: false,
             progress: Instant::now(),
             high_water: 0,
+            counted: 0,
         }
     }
 
@@ -131,26 +143,44 @@ impl<'a> Download<'a> {
             self.cache.set_aside(version).await?;
         }
         self.cache.blobs.check_room()?;
-        self.cache.catalog.check_writable()?;
+        self.inherit().await;
+        let ended = self.attempts().await;
+        if let Some(part) = self.part {
+            part.spool.leave().await;
+        }
+        ended
+    }
+
+    /// Tries until the artifact has landed or no further attempt may help.
+    async fn attempts(&mut self) -> Result<Stage, Error> {
         self.progress = Instant::now();
-        let (mut failures, mut counted, mut paused) = (0, 0, Duration::ZERO);
+        let (mut failures, mut paused) = (0, Duration::ZERO);
         loop {
             let failure = match self.attempt().await {
                 Ok(stage) => return Ok(stage),
                 Err(failure) => failure,
             };
-            if self.high_water >= counted + PROGRESS_BYTES {
+            if failure.retry == Retry::FromTheStart {
+                self.from_the_start = true;
+                match &mut self.part {
+                    // It is as if there had been nothing to inherit.
+                    Some(part) if part.inherited => {
+                        self.disinherit();
+                        continue;
+                    }
+                    Some(part) => part.spool.condemn(),
+                    None => {}
+                }
+            }
+            if self.high_water >= self.counted + PROGRESS_BYTES {
                 (failures, paused) = (0, Duration::ZERO);
-                counted = self.high_water;
+                self.counted = self.high_water;
             }
             failures += 1;
             let named = match failure.retry {
                 Retry::Never => return Err(failure.error),
                 Retry::After(named) => named,
-                Retry::FromTheStart => {
-                    self.from_the_start = true;
-                    None
-                }
+                Retry::FromTheStart => None,
             };
             let limits = &self.cache.limits;
             if failures > limits.max_retries || self.progress.elapsed() >= limits.timeout {
@@ -166,12 +196,47 @@ impl<'a> Download<'a> {
         }
     }
 
+    /// Takes over what an earlier flight has left, if it can be continued.
+    async fn inherit(&mut self) {
+        let Some(partial) = self.cache.blobs.take_partial(self.flight.url.key()) else { return };
+        let head = serde_json::from_value::<Head>(partial.origin().head.clone()).ok();
+        let head = head.filter(|head| is_provable(head, self.flight));
+        let (blobs, length) = (self.cache.blobs.clone(), head.as_ref().map(|head| head.length));
+        let resumed = tokio::task::spawn_blocking(move || match length {
+            Some(length) => blobs.resume(partial, length).map(Some),
+            None => {
+                blobs.give_up(partial);
+                Ok(None)
+            }
+        });
+        let (source_url, request_id) = (self.flight.url.masked(), self.flight.request_id.as_str());
+        match (resumed.await, head) {
+            (Ok(Ok(Some(spool))), Some(head)) => {
+                let offset = spool.len();
+                tracing::info!(%source_url, offset, request_id, "going on with a download that broke off");
+                (self.high_water, self.counted) = (offset, offset);
+                self.part = Some(Part { inherited: true, ..Part::new(head, spool) });
+            }
+            (Ok(Err(cause)), _) => {
+                tracing::warn!(%source_url, error = %cause, request_id, "a download that broke off can't be continued");
+            }
+            _ => {}
+        }
+    }
+
+    /// Gives up what an earlier flight has left, and what was known by it.
+    fn disinherit(&mut self) {
+        if let Some(mut part) = self.part.take() {
+            part.spool.condemn();
+        }
+        (self.high_water, self.counted) = (0, 0);
+        self.progress = Instant::now();
+    }
+
     async fn attempt(&mut self) -> Result<Stage, Failure> {
         let url = &self.flight.url;
         let part = self.part.as_ref().filter(|part| {
-            // Without a strong validator only the digest that a client gave can tell whether the content is one.
-            let provable = part.head.strong_etag().is_some() || self.flight.is_judged();
-            !self.from_the_start && !part.spool.is_empty() && provable
+            !self.from_the_start && !part.spool.is_empty() && is_provable(&part.head, self.flight)
         });
         let resume =
             part.map(|part| Resume { offset: part.spool.len(), head: &part.head, length: part.length() });
@@ -184,6 +249,10 @@ impl<'a> Download<'a> {
                 self.cache.metrics.upstream_resumes.inc();
                 part.unvalidated |= part.head.strong_etag().is_none();
                 part.total = answer.head.length;
+                if std::mem::take(&mut part.inherited) {
+                    part.head.length = part.total;
+                    enter_receiving(self.flight, part, self.lineage);
+                }
             }
             _ => self.begin(answer.head).await.map_err(Failure::from)?,
         }
@@ -198,9 +267,13 @@ impl<'a> Download<'a> {
             return Err(self.too_large());
         }
         self.from_the_start = false;
+        if self.part.as_ref().is_some_and(|part| part.inherited) {
+            self.disinherit();
+        }
         let unproven = match self.part.take() {
             None => None,
-            Some(old) => {
+            Some(mut old) => {
+                old.spool.condemn();
                 let released = self.flight.suspend();
                 let same_length = old.head.length == head.length;
                 let earlier = old
@@ -215,11 +288,16 @@ impl<'a> Download<'a> {
         };
         let blobs = self.cache.blobs.clone();
         let length = head.length;
+        let origin = Origin {
+            source_url: self.flight.url.key().to_owned(),
+            head: serde_json::to_value(&head).unwrap_or_default(),
+        };
         // Making a file and asking for free space can wait for the disk.
-        let spool = tokio::task::spawn_blocking(move || blobs.spool(length)).await.map_err(|cause| {
-            Error::io("Failed to write to cache storage", &std::io::Error::other(cause))
-        })??;
-        let part = self.part.insert(Part { head, spool, unproven, total: None, unvalidated: false });
+        let spool =
+            tokio::task::spawn_blocking(move || blobs.spool(length, origin)).await.map_err(|cause| {
+                Error::io("Failed to write to cache storage", &std::io::Error::other(cause))
+            })??;
+        let part = self.part.insert(Part { unproven, ..Part::new(head, spool) });
         if part.unproven.is_none() {
             enter_receiving(self.flight, part, self.lineage);
         }
@@ -264,6 +342,7 @@ impl<'a> Download<'a> {
         self.cache.metrics.bytes_downloaded.inc_by(bytes.len() as u64);
         let Some(part) = &mut self.part else { return Ok(()) };
         if part.spool.len() + bytes.len() as u64 > self.cache.limits.max_artifact_bytes {
+            part.spool.condemn();
             return Err(self.too_large().into());
         }
         part.spool.write(bytes).await?;
@@ -349,6 +428,12 @@ impl<'a> Download<'a> {
         let error = Error::Unavailable { source_url: self.url(), message, retry_after: None };
         Failure { error, retry: Retry::After(None) }
     }
+}
+
+/// Whether it can be proven that what comes next continues what is there: by a strong validator, or in the end by the
+/// digest that a client gave.
+fn is_provable(head: &Head, flight: &Flight) -> bool {
+    head.strong_etag().is_some() || flight.is_judged()
 }
 
 fn enter_receiving(flight: &Flight, part: &Part, lineage: u64) {

@@ -8,12 +8,14 @@
 //! A *flight* is one download that everybody who wants the same URL joins (`inflight`). It is a task of the process,
 //! never of the request that began it (`download`), and its bytes can be read while they arrive (`body`).
 
+mod archive;
 mod body;
 mod download;
 mod front;
 mod inflight;
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -24,13 +26,15 @@ use tokio::time::{timeout, timeout_at};
 use crate::{
     artifact::{CacheStatus, Digest, Streaming, Version, Want, media},
     blobs::{Blobs, Held, SpoolFile},
-    catalog::{Artifact, Catalog, Totals},
+    catalog::{Artifact, Catalog, CopyError, Totals},
     config::Config,
     error::Error,
     kill_point,
     telemetry::{Metrics, metrics::Sample},
     upstream::{Head, Upstream},
 };
+pub use archive::Archive;
+use archive::Claim;
 pub use body::{Body, Broken};
 use front::Front;
 pub use front::Stored;
@@ -50,6 +54,7 @@ pub struct Cache {
     inflight: Inflight,
     /// The digest that a URL had when a client expected another one, and when that was.
     mismatches: Bounded<(Arc<str>, Digest), (Digest, Instant)>,
+    claim: Claim,
     limits: Limits,
 }
 
@@ -64,6 +69,9 @@ struct Limits {
     stall: Duration,
     min_bytes_per_second: u64,
     max_retries: u32,
+    min_free_bytes: u64,
+    /// Orphans that crashes may have left: each at most as many as there are downloads at a time.
+    tolerated_orphans: i64,
 }
 
 /// An answer.
@@ -113,7 +121,9 @@ impl Cache {
         upstream: Upstream,
         metrics: Arc<Metrics>,
     ) -> Arc<Cache> {
+        let claim = Claim::new(&catalog, &blobs);
         Arc::new(Cache {
+            claim,
             catalog,
             blobs: Arc::new(blobs),
             upstream,
@@ -130,6 +140,8 @@ impl Cache {
                 stall: config.upstream.stall,
                 min_bytes_per_second: config.upstream.min_bytes_per_second,
                 max_retries: config.upstream.max_retries,
+                min_free_bytes: config.storage.min_free_bytes,
+                tolerated_orphans: config.upstream.max_downloads as i64,
             },
         })
     }
@@ -246,6 +258,7 @@ impl Cache {
             items: totals.items,
             stored_bytes: totals.stored_bytes,
             free_bytes: self.blobs.free_bytes().unwrap_or(0),
+            partial_bytes: self.blobs.partial_bytes(),
         }
     }
 
@@ -254,9 +267,40 @@ impl Cache {
         let unreadable = self.catalog.totals().is_err() || self.blobs.check_readable().is_err();
         Health {
             hits: !unreadable,
-            disk: !self.blobs.is_nearly_full(),
+            disk: !self.blobs.is_nearly_full() && self.blobs.is_writable(),
             database: !self.catalog.is_read_only(),
+            archive: self.archive(),
         }
+    }
+
+    /// Whether the database is the one that records this store.
+    fn archive(&self) -> Archive {
+        let orphans = self.metrics.orphan_blobs.get();
+        self.claim.verdict(&self.catalog, &self.blobs, orphans, self.limits.tolerated_orphans)
+    }
+
+    /// There is something that a snapshot of the database would save.
+    pub fn knows_anything(&self) -> bool {
+        self.catalog.totals().is_ok_and(|totals| totals.items > 0)
+    }
+
+    /// When the newest snapshot of the database was taken. Also tells the metrics.
+    pub fn last_snapshot(&self) -> Option<jiff::Timestamp> {
+        let last = self.catalog.last_snapshot().unwrap_or_else(|cause| {
+            tracing::warn!(error = %cause, "can't look for snapshots of the database");
+            None
+        });
+        self.metrics.snapshot_timestamp.set(last.map_or(0, |last| last.as_second()));
+        last
+    }
+
+    /// Takes a snapshot of the database. Of the earlier ones so many stay that there are `kept`, or all while the
+    /// database is in doubt. Blocks.
+    pub fn take_snapshot(&self, kept: usize) -> Result<PathBuf, CopyError> {
+        let kept = if self.archive() == Archive::Known { kept } else { usize::MAX };
+        let taken = self.catalog.take_snapshot(self.limits.min_free_bytes, kept);
+        self.last_snapshot();
+        taken
     }
 
     /// Counts the blobs whose digest begins with this byte and that the catalogue does not know. Blocks.
@@ -268,9 +312,15 @@ impl Cache {
             .try_fold(0, |orphans, digest| Ok(orphans + u64::from(!self.catalog.knows_blob(digest)?)))
     }
 
+    /// Removes downloads that broke off and nobody went on with in time. Blocks.
+    pub fn give_up_expired_partials(&self) {
+        self.blobs.give_up_expired_partials();
+    }
+
     /// Tells how many there are in all.
     pub fn set_orphans(&self, orphans: u64) {
         self.metrics.orphan_blobs.set(orphans as i64);
+        self.claim.counted();
     }
 
     /// Writes what is only in memory, so that a plain copy of the database is whole.
@@ -388,8 +438,10 @@ fn detect(spool: &SpoolFile, head: &Head) -> String {
 pub struct Health {
     /// The catalogue and the store can be read.
     pub hits: bool,
-    /// There is room for new downloads.
+    /// There is room for new downloads, and they can be written.
     pub disk: bool,
     /// The database can be written.
     pub database: bool,
+    /// The database is the one that records this store.
+    pub archive: Archive,
 }

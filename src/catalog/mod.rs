@@ -9,6 +9,8 @@
 //! Reads run on the calling thread (about 4 µs; handing them to another thread costs ten times that). All writes go
 //! through one thread that puts everything waiting into one transaction.
 
+mod detached;
+pub mod snapshots;
 mod sqlite;
 mod writer;
 
@@ -27,6 +29,7 @@ use crate::{
     artifact::{Digest, Version},
     error::Error,
 };
+pub use detached::{CopyError, Detached, RecordedBlob};
 use writer::Writer;
 
 /// One content of one URL, published and durable, to be recorded.
@@ -90,10 +93,32 @@ pub enum OpenError {
         /// What the system says.
         cause: io::Error,
     },
+    /// It is no database, or its structure is broken.
+    #[error(
+        "the database {path} is damaged: {cause}; nothing was changed. Put a good one in its place: {}",
+        cure(snapshot.as_deref())
+    )]
+    Damaged {
+        /// `storage.database`.
+        path: PathBuf,
+        /// What SQLite says.
+        cause: rusqlite::Error,
+        /// The newest snapshot beside it.
+        snapshot: Option<PathBuf>,
+    },
+    /// It is somebody else's.
+    #[error(
+        "{path} is another program's database, not one of artifact-cache; it was left alone: check storage.database"
+    )]
+    NotOurs {
+        /// The file.
+        path: PathBuf,
+    },
     /// It was written by a newer version of this program.
     #[error(
         "the database {path} has schema {found}, this program knows {known}: it was written by a newer version; \
-         run that one, or restore an older backup"
+         run that one, or put an older one in its place with `artifact-cache restore --snapshot FILE` or \
+         `artifact-cache restore DIR`"
     )]
     Newer {
         /// `storage.database`.
@@ -122,13 +147,55 @@ pub enum OpenError {
     },
 }
 
+fn cure(snapshot: Option<&Path>) -> String {
+    match snapshot {
+        Some(newest) => format!(
+            "`artifact-cache restore --snapshot` takes the newest snapshot, {}; the damaged one is kept",
+            newest.display()
+        ),
+        None => "`artifact-cache restore DIR` takes a backup; there is no snapshot beside it".to_owned(),
+    }
+}
+
+/// Which database this is, and how often the service was started on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Made up when the database was.
+    pub database_id: String,
+    /// Starts of the service on it.
+    pub starts: u64,
+}
+
+/// As a store notes it.
+impl std::fmt::Display for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.database_id, self.starts)
+    }
+}
+
+/// Keeps the service, or whoever has it, alone with the database.
+#[derive(Debug)]
+pub struct Lock {
+    _file: std::fs::File,
+}
+
+impl Lock {
+    /// Locks the database at `path`, which need not be there; fails when the service runs.
+    pub fn take(path: &Path) -> Result<Lock, OpenError> {
+        sqlite::lock(path).map(|file| Lock { _file: file })
+    }
+}
+
 /// The catalogue. Share it in an `Arc`; every method may be called from any thread.
 pub struct Catalog {
     readers: Vec<Mutex<Connection>>,
     next_reader: AtomicUsize,
     writer: Writer,
     status: Arc<Status>,
-    _lock: std::fs::File,
+    path: PathBuf,
+    identity: Identity,
+    is_new: bool,
+    _lock: Lock,
 }
 
 /// What the writer thread tells everyone.
@@ -136,8 +203,21 @@ pub struct Catalog {
 pub(crate) struct Status {
     generation: AtomicU64,
     read_only: AtomicBool,
-    /// See [`Catalog::check_writable`].
-    sealed: AtomicBool,
+    /// Stands until the process ends: what is written into a broken file may break more of it.
+    corrupt: AtomicBool,
+}
+
+impl Status {
+    /// Keeps in mind that the database is broken, if that is what the error says.
+    fn note(&self, cause: &rusqlite::Error) {
+        if sqlite::is_corrupt(cause) && !self.corrupt.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                error = %cause,
+                "the database is damaged: nothing is written to it any more; stop the service and put a good one in \
+                 its place: artifact-cache restore --snapshot"
+            );
+        }
+    }
 }
 
 impl Catalog {
@@ -145,32 +225,35 @@ impl Catalog {
     ///
     /// `readers` is how many threads may look things up at once without waiting.
     pub fn open(path: &Path, readers: usize) -> Result<Catalog, OpenError> {
-        let lock = sqlite::lock(path)?;
-        let writing = sqlite::open(path)?;
+        let lock = Lock::take(path)?;
+        let (writing, is_new) = sqlite::open(path)?;
+        let sqlite = |cause| OpenError::Sqlite { path: path.to_owned(), cause };
+        let identity = sqlite::identity(&writing)
+            .map_err(sqlite)?
+            .ok_or_else(|| OpenError::NotOurs { path: path.to_owned() })?;
         let readers = (0..readers.max(1))
             .map(|_| sqlite::open_reader(path).map(Mutex::new))
             .collect::<Result<Vec<_>, _>>()?;
         let status = Arc::new(Status::default());
         let writer = Writer::start(writing, status.clone())
             .map_err(|cause| OpenError::Io { path: path.to_owned(), cause })?;
-        Ok(Catalog { readers, next_reader: AtomicUsize::new(0), writer, status, _lock: lock })
+        let (path, next_reader) = (path.to_owned(), AtomicUsize::new(0));
+        Ok(Catalog { readers, next_reader, writer, status, path, identity, is_new, _lock: lock })
     }
 
     /// The current content of a URL, `None` when it is not known.
     pub fn find(&self, source_url: &str) -> Result<Option<Artifact>, Error> {
-        sqlite::find(&self.reader(), source_url)
-            .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
+        self.told(sqlite::find(&self.reader(), source_url))
     }
 
     /// Whether a blob with this digest was ever recorded.
     pub fn knows_blob(&self, digest: Digest) -> Result<bool, Error> {
-        sqlite::knows_blob(&self.reader(), digest)
-            .map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
+        self.told(sqlite::knows_blob(&self.reader(), digest))
     }
 
     /// The sums; the same time at any size of the catalogue.
     pub fn totals(&self) -> Result<Totals, Error> {
-        sqlite::totals(&self.reader()).map_err(|cause| sqlite::error("Failed to read the catalogue", &cause))
+        self.told(sqlite::totals(&self.reader()))
     }
 
     /// Records a published content as its URL's current one, in one transaction, and returns its row when that is
@@ -194,22 +277,47 @@ impl Catalog {
         self.status.generation.load(Ordering::Acquire)
     }
 
-    /// The last write failed because the database can't be written at all (read-only, full, failing).
+    /// The last write failed because the database can't be written at all (read-only, full, failing, damaged).
     pub fn is_read_only(&self) -> bool {
-        self.status.read_only.load(Ordering::Relaxed)
+        self.status.read_only.load(Ordering::Relaxed) || self.status.corrupt.load(Ordering::Relaxed)
     }
 
-    /// Fails when nothing will be recorded any more until the service is started again.
-    ///
-    /// That is so once the database could not be synced: the system has then dropped pages that it took for written,
-    /// and whatever is recorded on top of them may be lost. What is known can still be read.
-    pub fn check_writable(&self) -> Result<(), Error> {
-        if self.status.sealed.load(Ordering::Relaxed) { Err(sqlite::read_only()) } else { Ok(()) }
+    /// Which database this is, as it was when it was opened.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Counts this start, durably, and returns what the database is from now on. Blocks.
+    pub fn note_start(&self) -> Result<Identity, CopyError> {
+        let refused = |cause| CopyError::Sqlite { path: self.path.clone(), cause };
+        sqlite::note_start(&self.path).map_err(refused)
+    }
+
+    /// This process has made the database: there was none.
+    pub fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    /// When the newest snapshot was taken, if there is one.
+    pub fn last_snapshot(&self) -> io::Result<Option<jiff::Timestamp>> {
+        Ok(snapshots::list(&self.path)?.last().and_then(|newest| snapshots::taken_at(newest)))
+    }
+
+    /// Takes a snapshot, keeps `kept` in all, and leaves `min_free_bytes` of the disk free. Blocks.
+    pub fn take_snapshot(&self, min_free_bytes: u64, kept: usize) -> Result<PathBuf, CopyError> {
+        snapshots::take(&self.path, min_free_bytes, kept)
     }
 
     /// Writes the access counts and empties the WAL into the database, so that a plain copy of it is whole.
     pub async fn checkpoint(&self) {
         self.writer.checkpoint().await;
+    }
+
+    fn told<T>(&self, read: rusqlite::Result<T>) -> Result<T, Error> {
+        read.map_err(|cause| {
+            self.status.note(&cause);
+            sqlite::error("Failed to read the catalogue", &cause)
+        })
     }
 
     /// Whichever reader is free, trying the others before waiting for one.

@@ -6,11 +6,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rusqlite::{
-    Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, config::DbConfig, ffi, params,
-};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
-use super::{Artifact, OpenError, Record, Recorded, Totals, hash_text};
+use super::{Artifact, Identity, OpenError, Record, Recorded, RecordedBlob, Totals, hash_text, snapshots};
 use crate::{
     artifact::{Digest, Version},
     error::Error,
@@ -20,9 +18,10 @@ use crate::{
 /// How long a statement waits for another process's lock before it fails.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Numbered scripts; the database's `user_version` says how many it has seen.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     include_str!("../../migrations/sqlite/0001_initial.sql"),
     include_str!("../../migrations/sqlite/0002_jobs.sql"),
+    include_str!("../../migrations/sqlite/0003_identity.sql"),
 ];
 
 /// Takes the lock that keeps a second process away from this database.
@@ -54,19 +53,18 @@ fn network_file_system(file: &File) -> Option<&'static str> {
     }
 }
 
-/// Opens the one connection that writes, and brings the schema up to date.
-pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
-    let sqlite = |cause| OpenError::Sqlite { path: path.to_owned(), cause };
+/// Opens the one connection that writes, and brings the schema up to date. Says whether it made the database.
+pub(super) fn open(path: &Path) -> Result<(Connection, bool), OpenError> {
+    let sqlite = |cause| refused(path, cause);
     let mut db = Connection::open_with_flags(
         path,
         OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
     )
     .map_err(sqlite)?;
     set_up(&db).map_err(sqlite)?;
-    let found: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(sqlite)?;
-    let known = MIGRATIONS.len() as i64;
-    if found > known {
-        return Err(OpenError::Newer { path: path.to_owned(), found, known });
+    let found = schema_version(&db, path)?;
+    if found == 0 && !is_empty(&db).map_err(sqlite)? {
+        return Err(OpenError::NotOurs { path: path.to_owned() });
     }
     db.pragma_update(None, "journal_mode", "WAL").map_err(sqlite)?;
     for (number, script) in (1i64..).zip(MIGRATIONS).skip(found.max(0) as usize) {
@@ -77,7 +75,142 @@ pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
         step.commit().map_err(sqlite)?;
         kill_point::pass("migrate.committed");
     }
+    Ok((db, found == 0))
+}
+
+/// Nobody has made anything in it yet.
+fn is_empty(db: &Connection) -> rusqlite::Result<bool> {
+    db.prepare("SELECT 1 FROM sqlite_schema")?.exists([]).map(|has_tables| !has_tables)
+}
+
+/// Why SQLite won't open it, with the newest snapshot where one can help.
+fn refused(path: &Path, cause: rusqlite::Error) -> OpenError {
+    let path = path.to_owned();
+    match cause.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            let snapshot = snapshots::list(&path).ok().and_then(|mut all| all.pop());
+            OpenError::Damaged { path, cause, snapshot }
+        }
+        _ => OpenError::Sqlite { path, cause },
+    }
+}
+
+/// How many of the migrations a database has seen, if they are all known here.
+fn schema_version(db: &Connection, path: &Path) -> Result<i64, OpenError> {
+    let found: i64 =
+        db.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(|cause| refused(path, cause))?;
+    let known = MIGRATIONS.len() as i64;
+    match found > known {
+        true => Err(OpenError::Newer { path: path.to_owned(), found, known }),
+        false => Ok(found),
+    }
+}
+
+/// Whether a database is one of ours, of a version that can be used.
+pub(super) fn check_schema(db: &Connection, path: &Path) -> Result<(), OpenError> {
+    let has_blobs = || {
+        let mut statement =
+            db.prepare("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'blobs'")?;
+        statement.exists([])
+    };
+    let is_ours = schema_version(db, path)? > 0 && has_blobs().map_err(|cause| refused(path, cause))?;
+    if is_ours { Ok(()) } else { Err(OpenError::NotOurs { path: path.to_owned() }) }
+}
+
+/// Opens a database that is there, without changing it. Its log is read, and emptied if nobody else has it open.
+pub(super) fn open_existing(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = Connection::open_with_flags(path, flags)?;
+    set_up(&db)?;
     Ok(db)
+}
+
+/// Writes the whole database to a new file, in the state of one moment.
+pub(super) fn vacuum_into(db: &Connection, to: &Path) -> rusqlite::Result<()> {
+    let to = to.to_str().ok_or_else(|| rusqlite::Error::InvalidPath(to.to_owned()))?;
+    db.execute("VACUUM INTO ?1", [to]).map(drop)
+}
+
+/// Looks through a whole database; `None` if all is well.
+pub(super) fn first_problem(db: &Connection) -> rusqlite::Result<Option<String>> {
+    let said: String = db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
+    Ok((said != "ok").then_some(said))
+}
+
+/// Makes a database one plain file again.
+pub(super) fn leave_wal(db: &Connection) -> rusqlite::Result<()> {
+    db.pragma_update(None, "journal_mode", "DELETE")
+}
+
+/// `None` for a schema from before databases had one.
+pub(super) fn identity(db: &Connection) -> rusqlite::Result<Option<Identity>> {
+    let known = "SELECT 1 FROM sqlite_schema WHERE name = 'identity'";
+    if !db.prepare(known)?.exists([])? {
+        return Ok(None);
+    }
+    db.query_row("SELECT database_id, starts FROM identity", [], |row| {
+        Ok(Identity { database_id: row.get(0)?, starts: row.get::<_, i64>(1)?.max(0) as u64 })
+    })
+    .optional()
+}
+
+/// Counts one more start, on a connection of its own: the one that writes belongs to its thread by then.
+pub(super) fn note_start(path: &Path) -> rusqlite::Result<Identity> {
+    let db = open_existing(path)?;
+    db.execute("UPDATE identity SET starts = starts + 1", [])?;
+    identity(&db)?.ok_or(rusqlite::Error::QueryReturnedNoRows)
+}
+
+/// Writes something that changes nothing, through to the disk. There and back, because SQLite leaves a page alone that
+/// would be the same.
+pub(super) fn probe(db: &mut Connection) -> rusqlite::Result<()> {
+    let tx = db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    tx.execute("UPDATE identity SET starts = starts + 1", [])?;
+    tx.execute("UPDATE identity SET starts = starts - 1", [])?;
+    tx.commit()
+}
+
+/// Calls `each` for every blob that is not deleted, by name, until it says no.
+pub(super) fn for_each_blob(
+    db: &Connection,
+    mut each: impl FnMut(RecordedBlob) -> bool,
+) -> rusqlite::Result<()> {
+    let mut statement = db.prepare(
+        "SELECT content_hash, file_size, state FROM blobs WHERE state <> 'deleted' ORDER BY content_hash",
+    )?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let is_present = row.get_ref(2)?.as_str()? == "present";
+        let size = row.get::<_, i64>(1)?.max(0) as u64;
+        if !each(RecordedBlob { digest: digest(row, 0)?, size, is_present }) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn names_blob(db: &Connection, digest: Digest) -> rusqlite::Result<bool> {
+    db.prepare_cached("SELECT 1 FROM blobs WHERE content_hash = ?1 AND state <> 'deleted'")?
+        .exists([hash_text(digest)])
+}
+
+/// See [`super::Detached::adapt`]. What was deleted and has a file all the same becomes unknown: counted, and adopted
+/// when it is published again.
+pub(super) fn adapt(
+    db: &mut Connection,
+    lost: &[Digest],
+    has_file: impl Fn(Digest, u64) -> bool,
+) -> rusqlite::Result<()> {
+    let tx = db.transaction()?;
+    lost.iter().try_for_each(|digest| mark_lost(&tx, *digest))?;
+    let deleted: Vec<(Digest, u64)> = tx
+        .prepare("SELECT content_hash, file_size FROM blobs WHERE state = 'deleted'")?
+        .query_map([], |row| Ok((digest(row, 0)?, row.get::<_, i64>(1)?.max(0) as u64)))?
+        .collect::<Result<_, _>>()?;
+    for (digest, _) in deleted.into_iter().filter(|(digest, size)| has_file(*digest, *size)) {
+        tx.execute("DELETE FROM blobs WHERE content_hash = ?1", [hash_text(digest)])?;
+    }
+    tx.commit()
 }
 
 /// Opens a connection that only reads.
@@ -112,12 +245,16 @@ pub(super) fn find(db: &Connection, source_url: &str) -> rusqlite::Result<Option
     db.prepare_cached(FIND)?.query_row([source_url], artifact).optional()
 }
 
-fn artifact(row: &Row<'_>) -> rusqlite::Result<Artifact> {
-    let hash: String = row.get(1)?;
-    let digest = hash.parse().map_err(|_| {
+fn digest(row: &Row<'_>, column: usize) -> rusqlite::Result<Digest> {
+    let hash: String = row.get(column)?;
+    hash.parse().map_err(|_| {
         let cause = format!("content_hash {hash:?} is not a SHA-256").into();
-        rusqlite::Error::FromSqlConversionFailure(1, rusqlite::types::Type::Text, cause)
-    })?;
+        rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, cause)
+    })
+}
+
+fn artifact(row: &Row<'_>) -> rusqlite::Result<Artifact> {
+    let digest = digest(row, 1)?;
     Ok(Artifact {
         id: row.get(0)?,
         version: Version {
@@ -237,16 +374,19 @@ pub(super) fn is_unwritable(cause: &rusqlite::Error) -> bool {
     })
 }
 
-/// The system would not say that what was written is on the disk.
-pub(super) fn is_failed_sync(cause: &rusqlite::Error) -> bool {
-    let rusqlite::Error::SqliteFailure(failure, _) = cause else { return false };
-    matches!(failure.extended_code, ffi::SQLITE_IOERR_FSYNC | ffi::SQLITE_IOERR_DIR_FSYNC)
+/// The file's own structure is broken, or it is no database any more.
+pub(super) fn is_corrupt(cause: &rusqlite::Error) -> bool {
+    matches!(cause.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
 }
 
-/// Makes a connection refuse every change, its own checkpoint when it is closed among them.
-pub(super) fn seal(db: &Connection) -> rusqlite::Result<()> {
-    db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-    db.pragma_update(None, "query_only", true)
+/// The disk has failed: what was written may be lost, although the page cache still shows it.
+pub(super) fn is_io_failure(cause: &rusqlite::Error) -> bool {
+    cause.sqlite_error_code() == Some(ErrorCode::SystemIoFailure)
+}
+
+/// What SQLite itself would say.
+pub(super) fn failure(code: i32) -> rusqlite::Error {
+    rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None)
 }
 
 /// What a client is told of a failed statement.
@@ -262,12 +402,6 @@ pub(super) fn error(message: &'static str, cause: &rusqlite::Error) -> Error {
         _ => ("database error", None),
     };
     Error::Internal { message, details: details.to_owned(), retry_after }
-}
-
-/// What a client is told when nothing may be written.
-pub(super) fn read_only() -> Error {
-    let (message, details) = ("Failed to write to the catalogue", "database read-only".to_owned());
-    Error::Internal { message, details, retry_after: None }
 }
 
 fn from_unix(seconds: i64) -> SystemTime {

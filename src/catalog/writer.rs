@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rusqlite::Connection;
+use rusqlite::{Connection, ffi};
 use tokio::sync::oneshot;
 
 use super::{Record, Recorded, Status, sqlite};
@@ -21,6 +21,8 @@ use crate::{artifact::Digest, error::Error, kill_point};
 
 /// How late an access count may be written, and how soon another process's change is seen.
 const TICK: Duration = Duration::from_millis(500);
+/// How often a database that could not be written is tried again when nobody wants to write.
+const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// Records put into one transaction; more only make the first wait longer.
 const BATCH: usize = 256;
 
@@ -42,7 +44,15 @@ impl Writer {
     pub(super) fn start(db: Connection, status: Arc<Status>) -> io::Result<Writer> {
         let (commands, waiting) = mpsc::channel();
         let accesses = Arc::new(Mutex::new(HashMap::new()));
-        let work = Work { db, status, accesses: accesses.clone(), seen: None, dirty_since: None };
+        let work = Work {
+            db,
+            status,
+            accesses: accesses.clone(),
+            seen: None,
+            dirty_since: None,
+            is_doubtful: false,
+            last_probe: Instant::now(),
+        };
         let thread = thread::Builder::new().name("catalog".into()).spawn(move || work.run(&waiting))?;
         Ok(Writer { commands: Some(commands), accesses, thread: Some(thread) })
     }
@@ -101,10 +111,14 @@ struct Work {
     seen: Option<i64>,
     /// When the WAL last got something that is not in the database yet.
     dirty_since: Option<Instant>,
+    /// The disk has failed on a write or a sync, so what the page cache shows of the log may not be on it.
+    is_doubtful: bool,
+    last_probe: Instant,
 }
 
 impl Work {
     fn run(mut self, waiting: &mpsc::Receiver<Command>) {
+        self.checkpoint_first();
         let mut next_tick = Instant::now();
         loop {
             // Before anything else, or a steady stream of commands would keep the ticks waiting for ever.
@@ -128,7 +142,9 @@ impl Work {
             match command {
                 Command::Record(record, reply) => records.push((record, reply)),
                 Command::MarkLost(digest) => {
-                    if let Err(cause) = sqlite::mark_lost(&self.db, digest) {
+                    let marked = self.settle().and_then(|()| sqlite::mark_lost(&self.db, digest));
+                    if let Err(cause) = marked {
+                        self.note(Some(&cause));
                         // The sums count it on; the record of what replaces it will put them right.
                         tracing::warn!(error = %cause, "a lost blob could not be noted");
                     }
@@ -162,6 +178,7 @@ impl Work {
     }
 
     fn record<'a>(&mut self, records: impl Iterator<Item = &'a Record>) -> rusqlite::Result<Vec<Recorded>> {
+        self.settle()?;
         let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
         kill_point::pass("record.written");
@@ -180,6 +197,11 @@ impl Work {
             }
             Err(cause) => tracing::warn!(error = %cause, "catalogue can't be read"),
         }
+        if self.status.read_only.load(Ordering::Relaxed) && self.last_probe.elapsed() >= PROBE_EVERY {
+            self.last_probe = Instant::now();
+            let written = self.settle().and_then(|()| sqlite::probe(&mut self.db));
+            self.note(written.as_ref().err());
+        }
         if self.dirty_since.is_some_and(|since| since.elapsed() >= Duration::from_secs(1)) {
             self.checkpoint();
         }
@@ -191,13 +213,17 @@ impl Work {
             return;
         }
         let written = (|| {
+            self.settle()?;
             let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
             sqlite::add_accesses(&tx, counted.iter().map(|(&id, &count)| (id, count)))?;
             tx.commit()
         })();
+        let is_known = self.status.read_only.load(Ordering::Relaxed);
         self.note(written.as_ref().err());
         if let Err(cause) = written {
-            tracing::warn!(error = %cause, "access counts not written, will be tried again");
+            if !is_known {
+                tracing::warn!(error = %cause, "access counts not written, will be tried again");
+            }
             let mut accesses = self.accesses.lock().unwrap_or_else(PoisonError::into_inner);
             counted.into_iter().for_each(|(id, count)| *accesses.entry(id).or_default() += count);
         }
@@ -208,33 +234,52 @@ impl Work {
         match failure {
             None => {
                 self.dirty_since = Some(Instant::now());
-                self.status.read_only.store(false, Ordering::Relaxed);
+                if self.status.read_only.swap(false, Ordering::Relaxed) {
+                    tracing::info!("the database can be written again");
+                }
             }
             Some(cause) if sqlite::is_unwritable(cause) => {
-                self.status.read_only.store(true, Ordering::Relaxed);
-                if sqlite::is_failed_sync(cause) {
-                    self.seal();
+                self.status.note(cause);
+                self.is_doubtful |= sqlite::is_io_failure(cause);
+                if !self.status.read_only.swap(true, Ordering::Relaxed) {
+                    self.last_probe = Instant::now();
+                    tracing::error!(error = %cause, "the database can't be written: new artifacts are refused");
                 }
             }
             Some(_) => {}
         }
     }
 
-    /// Writes nothing any more: see [`super::Catalog::check_writable`].
-    fn seal(&mut self) {
-        if self.status.sealed.swap(true, Ordering::Relaxed) {
-            return;
+    /// Fails while nothing may be written.
+    ///
+    /// After a failed sync the kernel has marked the lost pages clean: syncing again would succeed without them, and
+    /// what is then added to the log behind them would be lost with them in a power cut. So the whole log is first
+    /// moved into the database, which writes it anew from what SQLite knows to be committed, and begun again from
+    /// nothing.
+    fn settle(&mut self) -> rusqlite::Result<()> {
+        if self.status.corrupt.load(Ordering::Relaxed) {
+            return Err(sqlite::failure(ffi::SQLITE_CORRUPT));
         }
-        tracing::error!(
-            "the database could not be synced, so nothing is recorded until the service is started again"
-        );
-        if let Err(cause) = sqlite::seal(&self.db) {
-            tracing::error!(error = %cause, "the database could not be closed to changes");
+        if self.is_doubtful {
+            if !sqlite::checkpoint(&self.db)? {
+                return Err(sqlite::failure(ffi::SQLITE_BUSY));
+            }
+            self.is_doubtful = false;
+        }
+        Ok(())
+    }
+
+    /// The process before this one may have ended after a failed sync; see [`Work::settle`].
+    fn checkpoint_first(&mut self) {
+        match sqlite::checkpoint(&self.db) {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!("another program reads the database; its log is emptied later"),
+            Err(cause) => self.note(Some(&cause)),
         }
     }
 
     fn checkpoint(&mut self) {
-        if self.status.sealed.load(Ordering::Relaxed) {
+        if self.status.corrupt.load(Ordering::Relaxed) {
             return;
         }
         match sqlite::checkpoint(&self.db) {
@@ -242,10 +287,11 @@ impl Work {
             // Tried again at the next tick.
             Ok(false) => {}
             Err(cause) => {
-                tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again");
-                if sqlite::is_failed_sync(&cause) {
-                    self.note(Some(&cause));
+                // A disk that fails is told of once, by `note`.
+                if !sqlite::is_unwritable(&cause) {
+                    tracing::warn!(error = %cause, "WAL checkpoint failed, will be tried again");
                 }
+                self.note(Some(&cause));
             }
         }
     }

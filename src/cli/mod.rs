@@ -1,5 +1,7 @@
 //! The command line, and the only place where the parts are put together.
 
+mod backup;
+mod restore;
 mod serve;
 
 use std::{
@@ -44,6 +46,12 @@ Examples:
 enum Verb {
     /// Run the service (also when no command is given)
     Serve,
+    /// Copy the database and all artifacts to a directory, while the service runs or not
+    #[command(after_help = backup::AFTER_HELP)]
+    Backup(backup::BackupArgs),
+    /// Put back a backup, or a daily snapshot of the database
+    #[command(after_help = restore::AFTER_HELP)]
+    Restore(restore::RestoreArgs),
 }
 
 /// Which configuration; the same for every verb that needs one.
@@ -72,11 +80,17 @@ pub fn run() -> ExitCode {
     let Cli { verb, config } = Cli::parse();
     let done = match verb {
         None | Some(Verb::Serve) => serve::serve(&config),
+        Some(Verb::Backup(args)) => load(&config).and_then(|config| backup::backup(&config, &args)),
+        Some(Verb::Restore(args)) => load(&config).and_then(|config| restore::restore(&config, &args)),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {}", chain(&*error));
         ExitCode::FAILURE
     })
+}
+
+fn load(args: &ConfigArgs) -> Result<Config, Box<dyn Error>> {
+    Ok(args.load()?.0)
 }
 
 /// An error and its causes in one line.

@@ -55,10 +55,11 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     let listeners = bind(&config)?;
     announce(&config, file, &listeners);
     let cache = Cache::new(&config, catalog, blobs, upstream, metrics.clone());
+    let background = config.jobs.clone();
     let app = App::new(cache.clone(), metrics, config);
     let shutdown = CancellationToken::new();
     let serving = tokio::spawn(server::serve(app, listeners, shutdown.clone()));
-    tokio::spawn(jobs::run(cache.clone(), shutdown.clone()));
+    tokio::spawn(jobs::run(cache.clone(), background, shutdown.clone()));
     let signalled = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",

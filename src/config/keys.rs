@@ -92,6 +92,12 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.storage.max_artifact_bytes, value::some_size(v))),
     one("storage", "min_free_bytes", SIZE,
         |c, v| put(&mut c.storage.min_free_bytes, value::size(v))),
+    one("storage", "checkpoint_bytes", SOME_SIZE,
+        |c, v| put(&mut c.storage.checkpoint_bytes, value::some_size(v))),
+    one("storage", "partial_keep_hours", "hours from 0 to 8760, such as 24, or 0 to keep nothing",
+        |c, v| put(&mut c.storage.partial_keep, value::hours(v))),
+    one("storage", "partial_max_bytes", SIZE,
+        |c, v| put(&mut c.storage.partial_max_bytes, value::size(v))),
 
     one("logging", "level", "error, warn, info, debug or trace", |c, v| {
         let levels = [("error", Level::ERROR), ("warn", Level::WARN), ("info", Level::INFO),
@@ -141,6 +147,9 @@ pub(super) static KEYS: &[Key] = &[
         |c, v| put(&mut c.fetch.mismatch_memory, value::seconds(v))),
     list("fetch", "ignore_query", "parameter patterns, such as [X-Amz-*, \"sv if sig\"]",
         |c, v| put(&mut c.fetch.ignore_query, QueryGlobs::new(v))),
+
+    one("jobs", "snapshots_kept", "a whole number from 0 to 1000, such as 7, or 0 for none",
+        |c, v| put(&mut c.jobs.snapshots_kept, value::whole(v, 0..=1_000))),
 ];
 
 fn put<T, E>(place: &mut T, read: Result<T, E>) -> Result<(), E> {

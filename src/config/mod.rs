@@ -33,6 +33,8 @@ pub struct Config {
     pub upstream: Upstream,
     /// How `/fetch` answers.
     pub fetch: Fetch,
+    /// What is done in the background.
+    pub jobs: Jobs,
     /// Whether the metrics port was asked for by name, so that failing to bind it is an error.
     pub metrics_port_given: bool,
 }
@@ -71,6 +73,12 @@ pub struct Storage {
     pub max_artifact_bytes: u64,
     /// Bytes of disk that downloads leave free.
     pub min_free_bytes: u64,
+    /// After so many bytes a download is made safe to be continued after a restart; above 0.
+    pub checkpoint_bytes: u64,
+    /// How long a download that broke off is kept to be continued; zero for not at all.
+    pub partial_keep: Duration,
+    /// Bytes of all downloads kept so, together; 0 for none.
+    pub partial_max_bytes: u64,
 }
 
 /// Section `logging`.
@@ -138,6 +146,13 @@ pub struct Fetch {
     pub ignore_query: QueryGlobs,
 }
 
+/// Section `jobs`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Jobs {
+    /// Daily snapshots of the database that are kept; 0 for none.
+    pub snapshots_kept: usize,
+}
+
 /// How a streamed HTTP/1.1 body is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamFraming {
@@ -186,6 +201,9 @@ impl Default for Config {
                 database: "./data/metadata.db".into(),
                 max_artifact_bytes: 100 << 30,
                 min_free_bytes: 1 << 30,
+                checkpoint_bytes: 64 << 20,
+                partial_keep: Duration::from_secs(24 * 3600),
+                partial_max_bytes: 20 << 30,
             },
             logging: Logging { level: Level::INFO, format: LogFormat::Json },
             upstream: Upstream::default(),
@@ -197,6 +215,7 @@ impl Default for Config {
                 ignore_query: QueryGlobs::new(&IGNORE_QUERY)
                     .expect("the constant above, which a test compiles"),
             },
+            jobs: Jobs { snapshots_kept: 7 },
             metrics_port_given: false,
         }
     }

@@ -36,6 +36,11 @@ pub(super) fn some_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Whole hours, up to a year of them.
+pub(super) fn hours(text: &str) -> Result<Duration, String> {
+    whole(text, 0..=8_760).map(|hours: u64| Duration::from_secs(hours * 3600))
+}
+
 /// Bytes: a plain number, or one with a unit, `64KiB`, `10 MB`, `1.5GiB`. Binary units by 1024, decimal by 1000.
 pub(super) fn size(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

@@ -4,7 +4,7 @@
 use std::{
     collections::VecDeque,
     io::IoSlice,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -34,7 +34,7 @@ pub(super) struct ResponseBody {
 }
 
 /// After so many bytes a body lets others have their turn: a fast client of a large file must not keep a worker.
-const TURN_BYTES: u64 = 1 << 20;
+const TURN_BYTES: u64 = 2 << 20;
 
 #[derive(Debug)]
 enum Kind {
@@ -211,8 +211,11 @@ impl ResponseBody {
             Chunk::Cached(range) => {
                 // A trailer still needs to know what was served.
                 let is_last = artifact.is_complete() && !artifact.trailer;
+                // A body that still arrives may pause after any piece.
+                let is_whole = self.ending.served.as_ref().is_some_and(|served| served.stored.is_some());
+                let more = is_whole && !artifact.is_complete();
                 let ending = is_last.then(|| std::mem::take(&mut self.ending));
-                Piece::File(Promise::new(&artifact.connection, range, ending))
+                Piece::File(Promise::new(&artifact.connection, range, more, ending))
             }
         }
     }
@@ -252,8 +255,11 @@ impl http_body::Body for ResponseBody {
         }
         if this.turn_bytes >= TURN_BYTES {
             this.turn_bytes = 0;
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+            // Not by waking itself: the worker would only look at sockets again after 61 such turns, which is up to
+            // 80 ms for whoever has just asked. This wakes after the worker has looked.
+            if pin!(tokio::task::yield_now()).poll(cx).is_pending() {
+                return Poll::Pending;
+            }
         }
         let given = match (&mut this.kind, &mut this.ending.served) {
             (Kind::Full(bytes), _) => {

@@ -361,7 +361,10 @@ impl AsyncWrite for Socket {
         // hyper writes vectors, but if a layer ever takes them apart, a promise must still be recognised.
         let slice = io::IoSlice::new(buf);
         let written = match sendfile::position(&[slice]) {
-            None => Pin::new(&mut self.stream).poll_write(cx, buf),
+            None => {
+                self.connection.promises.uncork(&self.stream);
+                Pin::new(&mut self.stream).poll_write(cx, buf)
+            }
             Some(_) => self.poll_send(cx, &[], &slice),
         };
         self.connection.has_written(&written);
@@ -374,7 +377,10 @@ impl AsyncWrite for Socket {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = match sendfile::position(bufs) {
-            None => Pin::new(&mut self.stream).poll_write_vectored(cx, bufs),
+            None => {
+                self.connection.promises.uncork(&self.stream);
+                Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+            }
             Some(at) => self.poll_send(cx, &bufs[..at], &bufs[at]),
         };
         self.connection.has_written(&written);

@@ -9,7 +9,7 @@ use http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
 
 use super::{App, body::ResponseBody, error::Refusal};
-use crate::cache::Health;
+use crate::cache::{Archive, Health};
 
 /// How long a verdict stands: monitors must not be able to load the disk.
 const HEALTH_STANDS_FOR: Duration = Duration::from_secs(5);
@@ -29,16 +29,17 @@ impl HealthCheck {
         let cache = app.cache.clone();
         // A disk that hangs must hang this check only. If it panics, nothing can be said for the service.
         let health = tokio::task::spawn_blocking(move || cache.check_health()).await;
-        let health = health.unwrap_or(Health { hits: false, disk: false, database: false });
+        let health =
+            health.unwrap_or(Health { hits: false, disk: false, database: false, archive: Archive::Known });
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), health));
         health
     }
 }
 
 pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
-    let Health { hits, disk, database } = app.health.verdict(app).await;
+    let Health { hits, disk, database, archive } = app.health.verdict(app).await;
     // Uptime Kuma looks for the word "healthy", so the other two must not contain it.
-    let (status, word) = match (hits, disk && database) {
+    let (status, word) = match (hits, disk && database && archive == Archive::Known) {
         (true, true) => (StatusCode::OK, "healthy"),
         (true, false) => (StatusCode::OK, "degraded"),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "failing"),
@@ -49,11 +50,35 @@ pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
         let say = |works: bool, problem: &str| Value::from(if works { "ok" } else { problem });
         answer["checks"] = json!({
             "storage": say(hits, "the store or the database can't be read"),
-            "disk": say(disk, "less than storage.min_free_bytes is free; new artifacts are refused"),
+            "disk": say(disk, "less than storage.min_free_bytes is free, or the store can't be written; new artifacts are refused"),
             "database": say(database, "the database can't be written; new artifacts are refused"),
+            "archive": describe(archive),
         });
     }
     json_response(status, &answer)
+}
+
+/// What the database is to the store, and what to do about it.
+fn describe(archive: Archive) -> &'static str {
+    match archive {
+        Archive::Known => "ok",
+        Archive::New => {
+            "storage.database is a new one beside a store with files, which stay; point it to the right one, or run \
+             artifact-cache restore --snapshot"
+        }
+        Archive::Other => {
+            "storage.database is not the one that recorded the store, whose files stay; point it to the right one, or \
+             accept it: remove the file .database in storage.base_path and restart"
+        }
+        Archive::Older => {
+            "storage.database is an older copy of the one that recorded the store, whose files stay; point it to the \
+             right one, or accept it: remove the file .database in storage.base_path and restart"
+        }
+        Archive::ManyOrphans => {
+            "the store has many files that the database does not know, which stay; is storage.database the right one? \
+             they become known when their URLs are fetched again"
+        }
+    }
 }
 
 pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {

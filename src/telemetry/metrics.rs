@@ -72,6 +72,8 @@ pub struct Sample {
     pub stored_bytes: u64,
     /// Bytes that the storage's file system has free.
     pub free_bytes: u64,
+    /// Bytes of downloads that broke off and are kept to be continued.
+    pub partial_bytes: u64,
 }
 
 /// The counters, gauges and histograms, and the registry that prints them.
@@ -107,8 +109,11 @@ pub struct Metrics {
     items: Gauge,
     size_bytes: Gauge,
     free_bytes: Gauge,
+    partial_bytes: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
+    /// When the newest snapshot of the database was taken, in Unix time; 0 if there is none.
+    pub snapshot_timestamp: Gauge,
 }
 
 impl Metrics {
@@ -155,7 +160,13 @@ impl Metrics {
             items: gauge(r, "items_total", "Artifacts known"),
             size_bytes: gauge(r, "size_bytes", "Bytes stored on disk after deduplication"),
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),
+            partial_bytes: gauge(r, "partial_bytes", "Bytes of broken-off downloads kept to be continued"),
             orphan_blobs: gauge(r, "orphan_blobs", "Stored files that the catalogue does not know"),
+            snapshot_timestamp: gauge(
+                r,
+                "database_snapshot_timestamp_seconds",
+                "When the newest snapshot of the database was taken, in Unix time",
+            ),
             registry,
         })
     }
@@ -186,6 +197,7 @@ impl Metrics {
         self.items.set(sample.items as i64);
         self.size_bytes.set(sample.stored_bytes as i64);
         self.free_bytes.set(sample.free_bytes as i64);
+        self.partial_bytes.set(sample.partial_bytes as i64);
         let mut text = String::with_capacity(16 * 1024);
         // Writing to a String can't fail.
         let _ = prometheus_text::encode(&mut text, &self.registry);

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Bytes, Incoming};
+use serde::{Deserialize, Serialize};
 
 use super::{Failure, LONGEST_RETRY_AFTER, Resume, Retry, dial::Connection};
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
 };
 
 /// What an upstream says of the artifact; hostile values are already gone.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
     /// Of the whole artifact, in bytes, if known.
     pub length: Option<u64>,

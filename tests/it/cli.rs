@@ -15,7 +15,7 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn help() {
-    for args in [&["--help"][..], &["serve", "--help"]] {
+    for args in [&["--help"][..], &["serve", "--help"], &["backup", "--help"], &["restore", "--help"]] {
         let output = run(args);
         assert_eq!(output.status.code(), Some(0));
         insta::assert_snapshot!(format!("help_{}", args[0].trim_start_matches("--")), text(&output.stdout));

@@ -96,7 +96,8 @@ impl Drop for Bare {
 }
 
 /// What stands between the service and its disk. Writes to the spool take a moment each. With `FAIL=fsync` the first
-/// fsync of a spool file fails; with `FAIL=write` the disk is full at 2 MiB of every spool file but the first.
+/// fsync of a spool file fails, with `FAIL=fdatasync` the second fdatasync; with `FAIL=write` the disk is full at 2 MiB
+/// of every spool file but the first.
 const SHIM: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -142,6 +143,16 @@ int fsync(int fd) {
     int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
     char path[4096];
     if (fails("fsync") && spooled(fd, path) && !__sync_fetch_and_add(&synced, 1)) {
+        errno = EIO;
+        return -1;
+    }
+    return real(fd);
+}
+
+int fdatasync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
+    char path[4096];
+    if (fails("fdatasync") && spooled(fd, path) && __sync_fetch_and_add(&synced, 1) == 1) {
         errno = EIO;
         return -1;
     }
@@ -216,6 +227,55 @@ fn a_failed_fsync_fails_the_download_and_the_next_begins_anew() {
     service.assert_given_up();
     assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
     assert_eq!(up.count("/synced"), 2, "what was not synced is not taken for stored");
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+}
+
+/// Serves the content's first half, and the rest when the service has made a checkpoint of that.
+fn in_halves(up: &Upstream, path: &str, content: &Content, service: &Bare) -> String {
+    let (content, spool) = (content.clone(), service.dir.path().join("data/cache/.spool"));
+    up.on(path, move |x| {
+        let reply = Reply::ok(&content).field("ETag", "\"one\"");
+        if x.attempt > 1 {
+            return x.reply(&reply);
+        }
+        x.send(&reply.head(200, 0))?;
+        x.body(&content, 0, content.len() / 2)?;
+        eventually("a checkpoint is begun", || {
+            let mut names = std::fs::read_dir(&spool).unwrap().map(|entry| entry.unwrap().file_name());
+            names.any(|name| name.to_string_lossy().ends_with(".checkpoint")).then_some(())
+        });
+        x.body(&content, content.len() / 2, content.len())
+    })
+}
+
+#[test]
+fn a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let name =
+        "hardship::a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is_believed";
+    let Some(shim) = build_shim(dir.path(), name) else { return };
+    let (up, content) = (Upstream::start(), Content::new(302, 8 << 20));
+    let service = Bare::start(failing(&shim, "fdatasync"), &[("STORAGE__CHECKPOINT_BYTES", "1MiB")]);
+    let url = in_halves(&up, "/checked", &content, &service);
+    let details = service.fetch(&url).assert_error(500, "internal_error")["details"].to_string();
+    assert!(details.contains("I/O error"), "{details}");
+    service.assert_given_up();
+    service.fetch(&url).assert_ok(&content.bytes());
+    let ranges: Vec<_> = up.requests("/checked").iter().map(|head| head.get("Range").is_some()).collect();
+    assert_eq!(ranges, [false, false], "it begins anew");
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_costs_nothing_but_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "hardship::a_checkpoint_that_cannot_be_written_costs_nothing_but_itself";
+    let Some(shim) = build_shim(dir.path(), name) else { return };
+    let (up, content) = (Upstream::start(), Content::new(303, 8 << 20));
+    // The first fsync there is that of the first checkpoint.
+    let service = Bare::start(failing(&shim, "fsync"), &[("STORAGE__CHECKPOINT_BYTES", "1MiB")]);
+    let url = up.serve("/unchecked", Reply::ok(&content).field("ETag", "\"one\""));
+    service.fetch(&url).assert_ok(&content.bytes());
+    service.assert_given_up();
     assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
 }
 

@@ -4,10 +4,13 @@
 
 mod harness;
 
+mod archive;
+mod backup;
 mod bad_input;
 mod checksums;
 mod cli;
 mod connections;
+mod disk;
 mod errors;
 mod fetch;
 mod framing;
@@ -20,6 +23,7 @@ mod limits;
 mod logs;
 mod memory;
 mod metrics;
+mod partial;
 mod ranges;
 mod redirects;
 mod retries;

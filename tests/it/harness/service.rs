@@ -93,6 +93,19 @@ impl Service {
         self.env["ARTIFACT_CACHE__STORAGE__DATABASE"].clone().into()
     }
 
+    /// Starts it with a shared object in front of the C library.
+    pub fn preload(mut self, shim: &Path) -> Service {
+        self.env.insert("LD_PRELOAD".to_string(), shim.display().to_string());
+        self
+    }
+
+    /// Another verb of the same binary on the same configuration.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.env_clear().envs(&self.env).args(args).current_dir(self.dir.path()).stdin(Stdio::null());
+        command
+    }
+
     fn spawn(&self) -> Child {
         // Hundreds of clients of several tests live in this process; where that can't be had, a test will say so.
         raise_file_limit(8_000);
@@ -368,11 +381,6 @@ impl Running {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get() as u32
-    }
-
-    /// Files, sockets and the like that it has open.
-    pub fn open_descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("Linux lists them").count()
     }
 
     /// Peak resident memory so far, in bytes.

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -80,6 +80,21 @@ impl Upstream {
     /// Serves one reply at a path; returns the path's URL.
     pub fn serve(&self, path: &str, reply: Reply) -> String {
         self.on(path, move |x| x.reply(&reply))
+    }
+
+    /// Serves one reply at a path as a flaky line would: every connection is closed after `piece` bytes of the body.
+    /// Returns the path's URL, and the count of body bytes sent so far.
+    pub fn serve_in_pieces(&self, path: &str, reply: Reply, piece: u64) -> (String, Arc<AtomicU64>) {
+        let sent = Arc::new(AtomicU64::new(0));
+        let count = sent.clone();
+        let url = self.on(path, move |x| {
+            let (start, content) = (x.begin(&reply)?, &reply.content);
+            content.each(start, start + piece, |bytes| {
+                count.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+                x.raw(bytes)
+            })
+        });
+        (url, sent)
     }
 
     /// Redirects a path; returns the path's URL.
@@ -245,6 +260,16 @@ impl Exchange {
 
     /// Answers as `reply` says.
     pub fn reply(&mut self, reply: &Reply) -> io::Result<()> {
+        let start = self.begin(reply)?;
+        if self.method() == "HEAD" || matches!(reply.status, 204 | 304) {
+            Ok(())
+        } else {
+            self.body(&reply.content, start, reply.content.len())
+        }
+    }
+
+    /// Sends the head of an answer as `reply` says; returns where its body begins in the content.
+    fn begin(&mut self, reply: &Reply) -> io::Result<u64> {
         let whole = reply.content.len();
         let range = self.range_start().filter(|start| reply.ranges && reply.status == 200 && *start < whole);
         let validator = reply.fields.iter().find(|(name, _)| name == "ETag").map(|(_, tag)| tag.as_str());
@@ -252,11 +277,7 @@ impl Exchange {
         let start = range.unwrap_or(0);
         let status = if range.is_some() { 206 } else { reply.status };
         self.send(&reply.head(status, start))?;
-        if self.method() == "HEAD" || matches!(status, 204 | 304) {
-            Ok(())
-        } else {
-            self.body(&reply.content, start, whole)
-        }
+        Ok(start)
     }
 }
 
