@@ -61,7 +61,10 @@ def goals(clients):
     yield Goal("miss 1 GiB, CPU", "miss 1 GiB", "cpu_s_per_gb", ((1.7, "pc"), (1.45, "pc"), (1.1, "pc")))
     yield Goal("miss 1 GiB, anonymous memory", "miss 1 GiB", "anon_mib", (64, 32, None))
     yield Goal("miss, first body byte at once", "slow miss 100 MiB", "first_byte_ms", (10, 5, (1, "pc")), "ours-s0")
-    yield Goal("miss 64 KiB, durable", "miss 64 KiB", "mean_ms", ((3, "pc-npoff"), (2, "pc-npoff"), (1, "pc-npoff")))
+    # nginx' usual setting stalls 40 ms at this size on loopback, which flatters everybody else: both are told.
+    for name in ("pc", "pc-npoff"):
+        text = f"miss 64 KiB, durable, against {NAMES[name]}"
+        yield Goal(text, "miss 64 KiB", "mean_ms", ((3, name), (2, name), (1, name)))
     yield Goal("last byte of 1 GiB after upstream's", "miss 1 GiB", "after_upstream_s", (1, 0.3, 0.1), "ours-s0")
     for cell, server in ((fast, "ours"), (slow, "ours-s0")):
         yield Goal(f"{cell}: upstream requests", cell, "upstream_requests", (1, None, None), server)

@@ -239,20 +239,100 @@ fn the_changelog_knows_this_version() {
     );
 }
 
+/// The text of a document without its code blocks, in which brackets and hashes mean something else.
+fn prose(document: &Path) -> String {
+    let text = fs::read_to_string(document).unwrap();
+    let mut is_code = false;
+    let lines = text.lines().filter(|line| {
+        let is_fence = line.trim_start().starts_with("```");
+        is_code ^= is_fence;
+        !is_code && !is_fence
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// The names by which a document's headings can be linked to, made as Git forges make them.
+fn anchors(prose: &str) -> Vec<String> {
+    let (mut names, mut found) = (Vec::new(), Vec::new());
+    for heading in prose.lines().filter(|line| line.starts_with('#')) {
+        let is_kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
+        let text: String = heading.trim_start_matches('#').trim().chars().filter(is_kept).collect();
+        let name = text.to_lowercase().replace(' ', "-");
+        let twins = names.iter().filter(|other| **other == name).count();
+        found.push(if twins == 0 { name.clone() } else { format!("{name}-{twins}") });
+        names.push(name);
+    }
+    found
+}
+
+/// What is wrong with a link from `document`, if anything. Links to other hosts are not followed.
+fn broken_link(document: &Path, target: &str) -> Option<String> {
+    if target.contains("://") || target.starts_with("mailto:") {
+        return None;
+    }
+    let (path, anchor) = target.split_once('#').unwrap_or((target, ""));
+    let file = if path.is_empty() { document.to_path_buf() } else { document.parent().unwrap().join(path) };
+    if !file.exists() {
+        return Some("no such file".to_string());
+    }
+    let is_page = file.extension().is_some_and(|extension| extension == "md");
+    let leads = anchor.is_empty() || (is_page && anchors(&prose(&file)).iter().any(|name| name == anchor));
+    (!leads).then(|| "no such heading".to_string())
+}
+
 #[test]
 fn links_between_documents_resolve() {
     let mut complaints = Vec::new();
     let documents = files(root(), "md");
     assert!(!documents.is_empty(), "there are documents");
     for document in documents {
-        let text = fs::read_to_string(&document).unwrap();
-        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
-            let path = target.split('#').next().unwrap().trim();
-            let outside = path.is_empty() || path.contains("://") || path.starts_with("mailto:");
-            if !outside && !document.parent().unwrap().join(path).exists() {
-                complaints.push(format!("{}: {target}", document.display()));
-            }
+        for target in prose(&document).split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let problem = broken_link(&document, target.trim());
+            complaints.extend(problem.map(|problem| format!("{}: {target}: {problem}", document.display())));
         }
     }
     none("links that lead nowhere", complaints);
+}
+
+#[test]
+fn anchors_are_made_as_forges_make_them() {
+    let page = "# The HTTP API\n## GET /fetch\n### `503` and *more*: a, b\n## GET /fetch\n";
+    assert_eq!(anchors(page), ["the-http-api", "get-fetch", "503-and-more-a-b", "get-fetch-1"]);
+    let here = root().join("docs/api.md");
+    assert_eq!(broken_link(&here, "security.md#no-such-heading").as_deref(), Some("no such heading"));
+    assert_eq!(broken_link(&here, "no-such-page.md").as_deref(), Some("no such file"));
+    assert_eq!(broken_link(&here, "#ranges"), None);
+}
+
+#[test]
+fn every_page_is_in_the_contents() {
+    let contents = prose(&root().join("docs/README.md"));
+    let pages = files(&root().join("docs"), "md");
+    let name = |page: &PathBuf| page.strip_prefix(root().join("docs")).unwrap().display().to_string();
+    let is_missing = |name: &String| name != "README.md" && !contents.contains(&format!("]({name})"));
+    none("pages that docs/README.md does not list", pages.iter().map(name).filter(is_missing).collect());
+}
+
+/// A test that a document names as `binary::module::function`: where its source is, and the function.
+fn test_named(word: &str) -> Option<(PathBuf, &str)> {
+    let parts: Vec<&str> = word.split("::").collect();
+    let [binary, module, function] = parts[..] else { return None };
+    let dir = root().join("tests").join(binary);
+    dir.is_dir().then(|| (dir.join(format!("{module}.rs")), function))
+}
+
+#[test]
+fn tests_that_documents_name_exist() {
+    let (mut seen, mut complaints) = (0, Vec::new());
+    for document in files(root(), "md") {
+        let text = prose(&document);
+        for (file, function) in text.split('`').filter_map(test_named) {
+            seen += 1;
+            if !fs::read_to_string(&file).unwrap_or_default().contains(&format!("fn {function}(")) {
+                complaints.push(format!("{}: {function} in {}", document.display(), file.display()));
+            }
+        }
+    }
+    assert!(seen > 10, "docs/document.md names tests");
+    none("tests that are named and don't exist", complaints);
 }

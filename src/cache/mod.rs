@@ -121,6 +121,7 @@ impl Cache {
         upstream: Upstream,
         metrics: Arc<Metrics>,
     ) -> Arc<Cache> {
+        metrics.min_free_bytes.set(config.storage.min_free_bytes.try_into().unwrap_or(i64::MAX));
         let claim = Claim::new(&catalog, &blobs);
         Arc::new(Cache {
             claim,
@@ -186,8 +187,17 @@ impl Cache {
             if joined.leads {
                 // Another flight may have landed between the look-up and the join.
                 if let Some(stage) = self.landed_meanwhile(want.url.key()) {
+                    let failure = match &stage {
+                        Stage::Failed(error) => Some(error.clone()),
+                        _ => None,
+                    };
                     self.inflight.end(&joined.flight, stage);
-                    continue;
+                    match failure {
+                        // Asking again could go on for ever: the first look-up may succeed each time, by another
+                        // connection to the database.
+                        Some(error) => return Err(error),
+                        None => continue,
+                    }
                 }
                 if is_lost {
                     self.metrics.blobs_corrupt.inc();

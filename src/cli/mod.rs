@@ -40,7 +40,7 @@ Examples:
   artifact-cache serve --config /etc/artifact-cache.yaml
   ARTIFACT_CACHE__SERVER__PORT=8081 artifact-cache serve
       the environment overrides every key of the configuration
-  curl -OJ 'http://127.0.0.1:8080/fetch?url=https://example.com/file.tar.gz'";
+  curl -fOJ 'http://127.0.0.1:8080/fetch?url=https://example.com/file.tar.gz'";
 
 #[derive(Debug, Subcommand)]
 enum Verb {

@@ -100,7 +100,7 @@ fn bad_files_are_named() {
         ("\nsevrer:\n", r#"config.yaml:2: unknown section "sevrer"; did you mean "server"?"#),
         (
             "cache: {}\n",
-            r#"config.yaml:1: unknown section "cache"; it takes server, storage, logging, upstream, fetch"#,
+            r#"config.yaml:1: unknown section "cache"; it takes server, storage, logging, upstream, fetch, jobs"#,
         ),
         ("server: 8080\n", "config.yaml:1: server takes keys of its own, on indented lines below it"),
         ("- a\n", r#"config.yaml:1: the file is not a mapping of sections; begin with "server:""#),

@@ -238,7 +238,7 @@ async fn route(
         "/health" | "/api/stats" | "/metrics" if !is_read => Err(Refusal::MethodNotAllowed),
         "/health" => Ok(system::health(app).await),
         "/api/stats" => system::stats(app),
-        "/metrics" => Ok(system::metrics(app)),
+        "/metrics" => Ok(system::metrics(app).await),
         _ => Err(Refusal::NotFound),
     }
 }

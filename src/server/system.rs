@@ -37,9 +37,10 @@ impl HealthCheck {
 }
 
 pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
-    let Health { hits, disk, database, archive } = app.health.verdict(app).await;
+    let health = app.health.verdict(app).await;
+    let checks = checks(health);
     // Uptime Kuma looks for the word "healthy", so the other two must not contain it.
-    let (status, word) = match (hits, disk && database && archive == Archive::Known) {
+    let (status, word) = match (health.hits, checks.iter().all(|check| check.holds)) {
         (true, true) => (StatusCode::OK, "healthy"),
         (true, false) => (StatusCode::OK, "degraded"),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "failing"),
@@ -47,15 +48,33 @@ pub(super) async fn health(app: &Arc<App>) -> Response<ResponseBody> {
     let now = jiff::Timestamp::now();
     let mut answer = json!({ "status": word, "timestamp": format!("{now:.0}") });
     if word != "healthy" {
-        let say = |works: bool, problem: &str| Value::from(if works { "ok" } else { problem });
-        answer["checks"] = json!({
-            "storage": say(hits, "the store or the database can't be read"),
-            "disk": say(disk, "less than storage.min_free_bytes is free, or the store can't be written; new artifacts are refused"),
-            "database": say(database, "the database can't be written; new artifacts are refused"),
-            "archive": describe(archive),
-        });
+        let say = |check: &Check| Value::from(if check.holds { "ok" } else { check.problem });
+        answer["checks"] = checks.iter().map(|check| (check.name.to_owned(), say(check))).collect();
     }
     json_response(status, &answer)
+}
+
+/// One thing that health depends on.
+struct Check {
+    /// The member of `checks` in `/health`, and the label `check` of the metric.
+    name: &'static str,
+    holds: bool,
+    /// What to say when it does not hold.
+    problem: &'static str,
+}
+
+fn checks(Health { hits, disk, database, archive }: Health) -> [Check; 4] {
+    let check = |name, holds, problem| Check { name, holds, problem };
+    [
+        check("storage", hits, "the store or the database can't be read"),
+        check(
+            "disk",
+            disk,
+            "less than storage.min_free_bytes is free, or the store can't be written; new artifacts are refused",
+        ),
+        check("database", database, "the database can't be written; new artifacts are refused"),
+        check("archive", archive == Archive::Known, describe(archive)),
+    ]
 }
 
 /// What the database is to the store, and what to do about it.
@@ -95,7 +114,10 @@ pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {
     Ok(json_response(StatusCode::OK, &answer))
 }
 
-pub(super) fn metrics(app: &Arc<App>) -> Response<ResponseBody> {
+pub(super) async fn metrics(app: &Arc<App>) -> Response<ResponseBody> {
+    for check in checks(app.health.verdict(app).await) {
+        app.metrics.set_check(check.name, check.holds);
+    }
     let text = app.metrics.encode(app.cache.sample());
     respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
 }

@@ -52,6 +52,11 @@ struct CodeLabel {
     code: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CheckLabel {
+    check: &'static str,
+}
+
 /// How a `/fetch` request ended, the label `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -109,6 +114,9 @@ pub struct Metrics {
     items: Gauge,
     size_bytes: Gauge,
     free_bytes: Gauge,
+    checks: Family<CheckLabel, Gauge>,
+    /// `storage.min_free_bytes`.
+    pub min_free_bytes: Gauge,
     partial_bytes: Gauge,
     /// Files in the store that the catalogue does not know.
     pub orphan_blobs: Gauge,
@@ -131,6 +139,8 @@ impl Metrics {
         let r = registry.sub_registry_with_prefix("artifact_cache");
         r.register("requests", "Requests to /fetch by outcome", requests.clone());
         r.register("errors", "Failed requests to /fetch by error code", error_codes.clone());
+        let checks = Family::<CheckLabel, Gauge>::default();
+        r.register("healthy", "1 if this check of /health holds, else 0", checks.clone());
         let duration = Histogram::new(DURATION_BUCKETS);
         r.register(
             "request_duration_seconds",
@@ -145,6 +155,7 @@ impl Metrics {
             misses,
             errors,
             error_codes,
+            checks,
             duration,
             download_size,
             bytes_served: counter(r, "bytes_served", "Artifact bytes served to clients"),
@@ -160,6 +171,11 @@ impl Metrics {
             items: gauge(r, "items_total", "Artifacts known"),
             size_bytes: gauge(r, "size_bytes", "Bytes stored on disk after deduplication"),
             free_bytes: gauge(r, "storage_free_bytes", "Bytes free on the storage's file system"),
+            min_free_bytes: gauge(
+                r,
+                "storage_min_free_bytes",
+                "Below so many free bytes nothing is downloaded",
+            ),
             partial_bytes: gauge(r, "partial_bytes", "Bytes of broken-off downloads kept to be continued"),
             orphan_blobs: gauge(r, "orphan_blobs", "Stored files that the catalogue does not know"),
             snapshot_timestamp: gauge(
@@ -190,6 +206,11 @@ impl Metrics {
         let hits = self.hits.get() as f64;
         let all = hits + self.misses.get() as f64 + self.errors.get() as f64;
         if all == 0.0 { 0.0 } else { hits / all }
+    }
+
+    /// Says whether a check of the service's health holds. All are said before each scrape.
+    pub fn set_check(&self, check: &'static str, holds: bool) {
+        self.checks.get_or_create(&CheckLabel { check }).set(holds.into());
     }
 
     /// Everything, in the text format of version 0.0.4.

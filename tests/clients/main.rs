@@ -11,6 +11,7 @@
 #[path = "../it/harness/mod.rs"]
 mod harness;
 
+mod program;
 mod proxies;
 #[macro_use]
 mod support;

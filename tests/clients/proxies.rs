@@ -1,11 +1,10 @@
 //! Proxies in front of the service: nginx and Caddy, each in a directory and on an address of its own.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustls::pki_types::CertificateDer;
@@ -13,7 +12,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use crate::harness::eventually;
-use crate::support::find;
+use crate::program::{find, free_address};
 
 /// The way from a client to the service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,14 +96,6 @@ impl Drop for Proxy {
         let _ = kill_process(Pid::from_child(&self.child), Signal::KILL);
         let _ = self.child.wait();
     }
-}
-
-/// A port on a loopback address that no other test has: nobody can take it before the proxy does.
-fn free_address() -> SocketAddr {
-    static NEXT: AtomicU16 = AtomicU16::new(1);
-    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-    let address = IpAddr::from(Ipv4Addr::new(127, 1 + std::process::id() as u8 % 250, high, low));
-    TcpListener::bind((address, 0)).unwrap().local_addr().unwrap()
 }
 
 /// A whole TLS handshake: Caddy listens some time before it has its certificate.

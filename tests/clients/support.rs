@@ -1,15 +1,15 @@
 //! A stage for one client: upstream, service, a proxy or none, a directory to download into; and how its run ended.
 
 use std::fs;
-use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use crate::harness::{
-    Content, PATIENCE, Reply, Running, Service, Upstream, WRONG_SHA, eventually, fetch_sha_target,
-    fetch_target, skip,
+    Content, Reply, Running, Service, Upstream, WRONG_SHA, eventually, fetch_sha_target, fetch_target,
 };
+use crate::program::run;
+pub use crate::program::{Ended, find, need, test_name};
 use crate::proxies::{Front, Proxy};
 
 /// Size of a download that is large enough to be streamed, and to be split.
@@ -95,31 +95,9 @@ macro_rules! on_each_broken_stream {
     };
 }
 
-/// Where a program is; a path is only looked at.
-pub fn find(program: &str) -> Option<PathBuf> {
-    let directories = std::env::var_os("PATH").unwrap_or_default();
-    // Servers live where only root's PATH goes.
-    let all = std::env::split_paths(&directories).chain(["/usr/sbin".into(), "/sbin".into()]);
-    all.map(|dir| dir.join(program)).find(|path| path.is_file())
-}
-
-/// The same, but a missing program skips the calling test by its name.
-pub fn need(program: &str) -> Option<PathBuf> {
-    let found = find(program);
-    if found.is_none() {
-        skip(&test_name(), &format!("{program} is not installed"));
-    }
-    found
-}
-
 /// A program of the Python environment that `install` makes; a missing one skips the calling test.
 pub fn need_in_venv(program: &str) -> Option<PathBuf> {
     need(&format!("{}/target/clients-venv/bin/{program}", env!("CARGO_MANIFEST_DIR")))
-}
-
-/// The test harness names each test's thread after it.
-pub fn test_name() -> String {
-    std::thread::current().name().unwrap_or("?").to_string()
 }
 
 /// Runs `check` on a stage with this front, or skips the test if the front is not installed.
@@ -292,55 +270,6 @@ impl Stage {
         let message = |line: serde_json::Value| line["msg"].as_str().unwrap_or_default().to_string();
         self.service.logs().into_iter().filter(of_it).map(message).collect()
     }
-}
-
-/// How a client ended.
-#[derive(Debug)]
-pub struct Ended {
-    /// Exit code 0.
-    pub success: bool,
-    /// Standard output.
-    pub stdout: String,
-    /// Standard error.
-    pub stderr: String,
-}
-
-impl Ended {
-    /// Asserts exit code 0.
-    #[track_caller]
-    pub fn assert_success(&self) -> &Ended {
-        assert!(self.success, "{self:?}");
-        self
-    }
-}
-
-/// Runs a command to its end; one that hangs fails the test.
-#[track_caller]
-fn run(mut command: Command) -> Ended {
-    let (mut stdout, mut stderr) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-    command.stdin(Stdio::null());
-    command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
-    let mut child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    let deadline = Instant::now() + PATIENCE * 2;
-    let status = loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            break Some(status);
-        }
-        if Instant::now() > deadline {
-            let _ = child.kill();
-            let _ = child.wait();
-            break None;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    };
-    let text = |file: &mut fs::File| {
-        let mut bytes = Vec::new();
-        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).unwrap();
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
-    let (stdout, stderr) = (text(&mut stdout), text(&mut stderr));
-    let status = status.unwrap_or_else(|| panic!("{command:?} hangs: {stdout} {stderr}"));
-    Ended { success: status.success(), stdout, stderr }
 }
 
 /// Asserts that a file has exactly this content.

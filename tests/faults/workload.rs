@@ -1,10 +1,12 @@
 //! What is fetched while faults happen, and a record, outside of the service, of what clients were told.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::harness::client::Head;
 use crate::harness::{Client, Content, End, Reply, Running, Upstream, fetch_target};
 
 /// Clients of [`Load::run`], and so the most downloads that a fault can find in flight.
@@ -102,12 +104,24 @@ impl Load<'_> {
             let n = self.next.fetch_add(1, Ordering::SeqCst);
             let url = url(self.up, n);
             client.request("GET", &fetch_target(&url), &[]);
-            let Ok(head) = client.try_head() else { return };
+            let Some(head) = head(&mut client) else { return };
             let answer = client.body("GET", &head);
             if (answer.status, &answer.end) == (200, &End::Complete) {
                 answer.assert_ok(&content(n).bytes());
                 self.acknowledged.add(url, n);
             }
+        }
+    }
+}
+
+/// The head of the answer, if the service lives to give one. It may fail or die, but not keep a client waiting.
+fn head(client: &mut Client) -> Option<Head> {
+    match client.try_head() {
+        Ok(head) => Some(head),
+        Err(error) => {
+            let hangs = matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut);
+            assert!(!hangs, "a request is not answered: {error}");
+            None
         }
     }
 }
@@ -119,7 +133,7 @@ pub fn fetch(api: SocketAddr, up: &Upstream, n: u64, acknowledged: &Acknowledged
     let Ok(mut client) = Client::try_connect(api) else { return false };
     let url = url(up, n);
     client.request("GET", &fetch_target(&url), &[("Connection", "close")]);
-    let Ok(head) = client.try_head() else { return false };
+    let Some(head) = head(&mut client) else { return false };
     let answer = client.body("GET", &head);
     match answer.status {
         200 if answer.end == End::Complete => {

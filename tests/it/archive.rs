@@ -29,6 +29,7 @@ fn wait_degraded(service: &Running, check: &str, word: &str) {
         assert_eq!(answer.status, 200, "hits work: {json}");
         (json["status"] == "degraded" && json["checks"][check].as_str()?.contains(word)).then_some(())
     });
+    assert_eq!(service.metric(&format!("artifact_cache_healthy{{check=\"{check}\"}}")), 0.0);
 }
 
 #[track_caller]
