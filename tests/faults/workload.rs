@@ -50,27 +50,43 @@ pub fn url(up: &Upstream, n: u64) -> String {
 
 /// The URLs that were answered completely, with the number of their item.
 #[derive(Default)]
-pub struct Acknowledged(Mutex<BTreeMap<String, u64>>);
+pub struct Acknowledged {
+    urls: Mutex<BTreeMap<String, u64>>,
+    /// What was answered while nothing counted.
+    late: Mutex<BTreeMap<String, u64>>,
+    suspended: AtomicBool,
+}
 
 impl Acknowledged {
     /// A client has got all of it.
     pub fn add(&self, url: String, n: u64) {
-        self.0.lock().unwrap().insert(url, n);
+        let suspended = self.suspended.load(Ordering::SeqCst);
+        if suspended { &self.late } else { &self.urls }.lock().unwrap().insert(url, n);
     }
 
     /// All of them so far.
     pub fn all(&self) -> BTreeMap<String, u64> {
-        self.0.lock().unwrap().clone()
+        self.urls.lock().unwrap().clone()
+    }
+
+    /// From now on nothing counts, or it does again.
+    pub fn suspend(&self, suspended: bool) {
+        self.suspended.store(suspended, Ordering::SeqCst);
+    }
+
+    /// What was answered while nothing counted, once.
+    pub fn take_late(&self) -> BTreeMap<String, u64> {
+        std::mem::take(&mut self.late.lock().unwrap())
     }
 
     /// Begins a new list, for a new service.
     pub fn forget(&self) {
-        self.0.lock().unwrap().clear();
+        self.urls.lock().unwrap().clear();
     }
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        self.0.lock().unwrap().len()
+        self.urls.lock().unwrap().len()
     }
 }
 
