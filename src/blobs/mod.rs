@@ -144,6 +144,7 @@ impl Blobs {
         for dir in [&base, &spool, &quarantine] {
             fs::create_dir_all(dir).map_err(failed(dir))?;
         }
+        kill_point::pass("open.directories_made");
         let lock = File::options()
             .create(true)
             .truncate(false)
@@ -167,6 +168,7 @@ impl Blobs {
             Err(OpenError::Io { cause, .. }) if is_full(&cause) => disk.note_failure(true),
             tried => tried?,
         }
+        kill_point::pass("open.probed");
         Ok(Blobs {
             disk: Arc::new(disk),
             base,
@@ -230,7 +232,10 @@ impl Blobs {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
-        fs::rename(path, self.base.join(QUARANTINE_DIR).join(format!("{name}.{seconds}.{number}")))
+        kill_point::pass("quarantine.found");
+        fs::rename(path, self.base.join(QUARANTINE_DIR).join(format!("{name}.{seconds}.{number}")))?;
+        kill_point::pass("quarantine.renamed");
+        Ok(())
     }
 
     /// Begins a growing file for a download of `announced` bytes, if that is known.
@@ -292,9 +297,11 @@ impl Blobs {
 
     /// Says whether something was there already.
     pub(crate) fn publish_now(self: &Arc<Self>, written: &Written) -> io::Result<(bool, Claim)> {
+        kill_point::pass("publish.verified");
         // A failed fsync has thrown the dirty pages away: the spool must never be synced again, only dropped, which
         // is what returning the error does.
         written.file().sync()?;
+        kill_point::pass("publish.spool_synced");
         let digest = written.digest;
         let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
         // Before the shard's lock, so that it is given up after it.
@@ -318,17 +325,22 @@ impl Blobs {
                 (shard.durable, shard.durable_children) = Default::default();
                 fs::create_dir_all(&inner)?;
             }
+            kill_point::pass("publish.directory_made");
             written.file().rename_to(&to)?;
         }
+        kill_point::pass("publish.renamed");
         // From the inside out: the first sync commits what the others are about on most file systems, which makes
         // them cheap.
         sync_dir(&inner)?;
+        kill_point::pass("publish.inner_synced");
         if shard.durable_children[word] & bit == 0 {
             sync_dir(&outer)?;
+            kill_point::pass("publish.outer_synced");
             shard.durable_children[word] |= bit;
         }
         if !shard.durable {
             sync_dir(&self.base)?;
+            kill_point::pass("publish.base_synced");
             shard.durable = true;
         }
         Ok((replaced, claim))

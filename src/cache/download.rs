@@ -405,6 +405,7 @@ impl<'a> Download<'a> {
         let generation = self.cache.catalog.generation();
         let Published { file, replaced, claim } = self.cache.blobs.publish(written).await?;
         let recorded = self.cache.catalog.record(Record { source_url: self.url(), version }, claim).await?;
+        kill_point::pass("publish.recorded");
         if replaced && recorded.is_new_blob && self.cache.metrics.orphan_blobs.get() > 0 {
             // It was there all along, only unknown.
             self.cache.metrics.orphan_blobs.dec();

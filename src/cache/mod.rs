@@ -201,8 +201,17 @@ impl Cache {
                 kill_point::pass_or_panic("flight.joined");
                 // Another flight may have landed between the look-up and the join.
                 if let Some(stage) = self.landed_meanwhile(want.url.key()) {
+                    let failure = match &stage {
+                        Stage::Failed(error) => Some(error.clone()),
+                        _ => None,
+                    };
                     landing.land(stage);
-                    continue;
+                    match failure {
+                        // Asking again could go on for ever: the first look-up may succeed each time, by another
+                        // connection to the database.
+                        Some(error) => return Err(error),
+                        None => continue,
+                    }
                 }
                 if is_news {
                     tracing::warn!(
@@ -243,6 +252,7 @@ impl Cache {
             // The sums count it on; the record of what replaces it will put them right.
             Err(error) => tracing::warn!(error = %error, "a lost blob could not be noted"),
         }
+        kill_point::pass("quarantine.noted");
         Ok(())
     }
 

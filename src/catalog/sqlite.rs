@@ -12,6 +12,7 @@ use super::{Artifact, Identity, OpenError, Record, Recorded, RecordedBlob, Total
 use crate::{
     artifact::{Digest, Version},
     error::Error,
+    kill_point,
 };
 
 /// How long a statement waits for another process's lock before it fails.
@@ -71,8 +72,10 @@ pub(super) fn open(path: &Path) -> Result<(Connection, bool), OpenError> {
     for (number, script) in (1i64..).zip(MIGRATIONS).skip(found.max(0) as usize) {
         let step = db.transaction().map_err(sqlite)?;
         step.execute_batch(script).map_err(sqlite)?;
+        kill_point::pass("migrate.executed");
         step.pragma_update(None, "user_version", number).map_err(sqlite)?;
         step.commit().map_err(sqlite)?;
+        kill_point::pass("migrate.committed");
     }
     Ok((db, found == 0))
 }

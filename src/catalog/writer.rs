@@ -203,7 +203,9 @@ impl Work {
         let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
         kill_point::pass_or_panic("record.begun");
         let recorded = records.map(|record| sqlite::record(&tx, record)).collect::<Result<_, _>>()?;
+        kill_point::pass("record.written");
         tx.commit()?;
+        kill_point::pass("record.committed");
         Ok(recorded)
     }
 

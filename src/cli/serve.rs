@@ -3,7 +3,7 @@
 use std::{error::Error, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
 };
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,9 @@ use crate::{
 
 /// Threads for waiting, beside those of downloads.
 const BLOCKING_THREADS: usize = 256;
+/// Connections that may wait to be accepted; the system has a limit of its own (net.core.somaxconn). With the usual 128 a
+/// burst of a few hundred makes whoever comes next wait a second or more, until its SYN is sent again.
+const BACKLOG: u32 = 4096;
 /// How long the ends of abandoned downloads may keep the process.
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
 
@@ -50,7 +53,7 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     let readers = std::thread::available_parallelism().map_or(2, usize::from);
     let catalog = Catalog::open(&config.storage.database, readers)?;
     let upstream = Upstream::new(&config.upstream)?;
-    let listeners = bind(&config).await?;
+    let listeners = bind(&config)?;
     announce(&config, file, &listeners);
     let cache = Cache::new(&config, catalog, blobs, upstream, metrics.clone());
     let background = config.jobs.clone();
@@ -79,7 +82,7 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
 }
 
 /// The sockets to serve: those that systemd hands over, and for what it does not, those of the configuration.
-async fn bind(config: &Config) -> Result<Vec<(TcpListener, Role)>, Box<dyn Error>> {
+fn bind(config: &Config) -> Result<Vec<(TcpListener, Role)>, Box<dyn Error>> {
     let server = &config.server;
     let mut listeners = Vec::new();
     for (listener, role) in systemd::inherited_listeners()? {
@@ -89,11 +92,11 @@ async fn bind(config: &Config) -> Result<Vec<(TcpListener, Role)>, Box<dyn Error
     let (has_api, has_metrics) = (inherited(Role::Api), inherited(Role::Metrics));
     if !has_api {
         let api = SocketAddr::new(server.host, server.port);
-        listeners.push((listen(api, "server.port").await?, Role::Api));
+        listeners.push((listen(api, "server.port")?, Role::Api));
     }
     if !has_metrics && server.metrics_port != 0 {
         let metrics = SocketAddr::new(server.host, server.metrics_port);
-        match listen(metrics, "server.metrics_port").await {
+        match listen(metrics, "server.metrics_port") {
             Ok(listener) => listeners.push((listener, Role::Metrics)),
             Err(error) if config.metrics_port_given => return Err(error),
             Err(error) => {
@@ -104,10 +107,15 @@ async fn bind(config: &Config) -> Result<Vec<(TcpListener, Role)>, Box<dyn Error
     Ok(listeners)
 }
 
-async fn listen(address: SocketAddr, key: &str) -> Result<TcpListener, Box<dyn Error>> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|cause| format!("can't listen on {address} ({key}): {cause}").into())
+fn listen(address: SocketAddr, key: &str) -> Result<TcpListener, Box<dyn Error>> {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // A new start must not wait for the connections of the one before to be forgotten.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(|cause: std::io::Error| format!("can't listen on {address} ({key}): {cause}").into())
 }
 
 fn announce(config: &Config, file: Option<&Path>, listeners: &[(TcpListener, Role)]) {

@@ -11,7 +11,6 @@ mod checksums;
 mod cli;
 mod commands;
 mod connections;
-mod crash;
 mod disk;
 mod doctor;
 mod errors;

@@ -133,12 +133,18 @@ pub struct Client {
 
 impl Client {
     /// Connects; every read and write fails after [`PATIENCE`].
+    #[track_caller]
     pub fn connect(address: SocketAddr) -> Client {
-        let stream = TcpStream::connect(address).expect("the service accepts connections");
+        Client::try_connect(address).expect("the service accepts connections")
+    }
+
+    /// The same with a service that may be gone.
+    pub fn try_connect(address: SocketAddr) -> io::Result<Client> {
+        let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Client { stream, buffer: Vec::new(), landing: vec![0; 256 * 1024].into() }
+        Ok(Client { stream, buffer: Vec::new(), landing: vec![0; 256 * 1024].into() })
     }
 
     /// The client's own address, as the service sees it.

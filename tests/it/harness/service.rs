@@ -20,6 +20,7 @@ use super::{PATIENCE, eventually, fetch_sha_target, fetch_target, raise_file_lim
 pub const BINARY: &str = env!("CARGO_BIN_EXE_artifact-cache");
 
 /// How to start the service: environment, arguments and a directory.
+#[derive(Clone)]
 pub struct Service {
     env: BTreeMap<String, String>,
     starter: Vec<String>,
@@ -129,6 +130,12 @@ impl Service {
     /// Starts it and waits for its `listening` line.
     #[track_caller]
     pub fn start(self) -> Running {
+        self.try_start().unwrap_or_else(|(status, stderr)| panic!("it refuses to start: {status} {stderr}"))
+    }
+
+    /// The same; exit status and stderr when it ends instead.
+    #[track_caller]
+    pub fn try_start(self) -> Result<Running, (ExitStatus, String)> {
         let mut child = self.spawn();
         let log = Log::default();
         let stdout = log.follow(child.stdout.take().unwrap());
@@ -143,12 +150,14 @@ impl Service {
             metrics: None,
             unfinished: false,
         };
-        let line = running.wait_log("listening", |line| line["msg"] == "listening");
+        let Some(line) = running.find_log(|line| line["msg"] == "listening") else {
+            return Err(running.wait_exit());
+        };
         let address = |key: &str| line[key].as_str().and_then(|text| text.parse().ok());
         running.api =
             address("api").unwrap_or_else(|| panic!("the start line names the API's address: {line}"));
         running.metrics = address("metrics");
-        running
+        Ok(running)
     }
 
     /// Starts it, expecting that it refuses: exit code, and what it said on stderr.
@@ -288,15 +297,21 @@ impl Running {
     /// The first log line, past or coming, that `wanted` accepts.
     #[track_caller]
     pub fn wait_log(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        self.find_log(wanted).unwrap_or_else(|| panic!("no log line {what:?} in {:#?}", self.logs()))
+    }
+
+    /// The same; `None` when the service ends without it, or [`PATIENCE`] does.
+    fn find_log(&self, wanted: impl Fn(&Value) -> bool) -> Option<Value> {
         let deadline = Instant::now() + PATIENCE;
         let mut lines = self.log.lock();
         loop {
             if let Some(line) = lines.iter().find(|line| wanted(line)) {
-                return line.clone();
+                return Some(line.clone());
             }
             let left = deadline.saturating_duration_since(Instant::now()).min(Duration::from_millis(200));
-            let ended = self.readers.as_ref().is_none_or(|(stdout, _)| stdout.is_finished());
-            assert!(!left.is_zero() && !ended, "no log line {what:?} (ended: {ended}) in {lines:#?}");
+            if left.is_zero() || self.readers.as_ref().is_none_or(|(stdout, _)| stdout.is_finished()) {
+                return None;
+            }
             lines = self.log.0.1.wait_timeout(lines, left).unwrap().0;
         }
     }
@@ -375,9 +390,14 @@ impl Running {
         assert_eq!(self.blobs_on_disk(), 0, "no blob is on disk");
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get() as u32
+    }
+
     /// Peak resident memory so far, in bytes.
     pub fn peak_rss_bytes(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid.as_raw_nonzero())).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux says the peak");
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
     }
@@ -387,9 +407,14 @@ impl Running {
         self.unfinished = true;
     }
 
+    /// Sends a signal and returns at once.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid, signal).expect("the process is there");
+    }
+
     /// Sends SIGTERM and returns at once.
     pub fn signal_term(&self) {
-        kill_process(self.pid, Signal::TERM).expect("the process is there");
+        self.signal(Signal::TERM);
     }
 
     /// Waits for the end and returns exit status and stderr.
@@ -415,15 +440,13 @@ impl Running {
 
     /// SIGKILL.
     pub fn kill(&mut self) {
-        kill_process(self.pid, Signal::KILL).expect("the process is there");
+        self.signal(Signal::KILL);
         self.wait_exit();
     }
 
     /// The same configuration on the same directory, for a new start (after `term` or `kill`).
     pub fn again(&self) -> Service {
-        let service = &self.service;
-        let (env, starter, args) = (service.env.clone(), service.starter.clone(), service.args.clone());
-        Service { env, starter, args, dir: service.dir.clone() }
+        self.service.clone()
     }
 
     /// What must hold when a test is over and the service still runs.
