@@ -68,9 +68,11 @@ fn what_is_echoed_cannot_break_out() {
 fn an_error_shows_no_path_of_the_server() {
     let (up, service) = (Upstream::start(), Service::new().start());
     let url = up.serve("/file", Reply::ok(&Content::of(b"x")));
-    // A file in the way of the fan-out directory makes publishing fail.
-    let digest = Content::of(b"x").sha256();
-    std::fs::write(service.service().base_path().join(&digest[..2]), "in the way").unwrap();
+    // A file in the way of the fan-out directory, which can't be moved aside, makes publishing fail.
+    let (digest, base) = (Content::of(b"x").sha256(), service.service().base_path());
+    std::fs::write(base.join(&digest[..2]), "in the way").unwrap();
+    std::fs::remove_dir(base.join(".quarantine")).unwrap();
+    std::fs::write(base.join(".quarantine"), "no directory").unwrap();
     let answer = service.fetch(&url);
     let json = answer.assert_error(500, "internal_error");
     let dir = service.service().dir().display().to_string();

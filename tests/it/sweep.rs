@@ -260,16 +260,18 @@ fn a_sweep_that_dies_is_finished_by_the_next() {
         );
     }
     let (up, content) = (Upstream::start(), Content::new(910, 5_000));
-    for (point, is_gone) in [("checked", false), ("unlinked", true), ("synced", true), ("marked", true)] {
+    let points =
+        [("sweep.checked", false), ("sweep.unlinked", true), ("sweep.synced", true), ("sweep.marked", true)];
+    for (point, is_gone) in points {
         let mut service = eager().start();
         let url = stored(&service, &up, "/a", &content);
         let blob = service.blob(&content.sha256());
         service.term();
         deleted(service.service(), &url);
         // It may die before its first line is out.
-        let dying = service.again().variable("ARTIFACT_CACHE_KILL_POINT", &format!("sweep.{point}"));
-        assert_eq!(dying.refused(), (-1, String::new()), "it dies at sweep.{point}");
-        assert_eq!(!blob.exists(), is_gone, "sweep.{point}");
+        let dying = service.again().variable("ARTIFACT_CACHE_KILL_POINT", point);
+        assert_eq!(dying.refused(), (-1, String::new()), "it dies at {point}");
+        assert_eq!(!blob.exists(), is_gone, "{point}");
         let service = service.again().start();
         eventually("it is swept and noted", || state(&service, &content.sha256()).2.then_some(()));
         assert!(!blob.exists());
