@@ -157,7 +157,7 @@ fn the_next_backup_copies_only_what_is_new_and_prunes_on_request() {
 }
 
 #[test]
-fn hard_links_share_the_file_and_a_verified_one_shares_no_damage() {
+fn hard_links_share_the_file_and_verifying_names_its_damage() {
     let (shelf, service) = stocked();
     let (dir, name) = backup_dir(&service);
     let said = run_ok(service.service(), &["backup", "--hard-link", "--verify", &name]);
@@ -168,7 +168,28 @@ fn hard_links_share_the_file_and_a_verified_one_shares_no_damage() {
     fs::write(&blob, Content::new(9, content.len()).bytes()).unwrap();
     let said = run_failing(service.service(), &["backup", "--hard-link", "--verify", &name], 3);
     assert!(said.contains(&content.sha256()), "it is named: {said}");
-    assert!(!copy_of(&dir, content).exists());
+    assert!(copy_of(&dir, content).is_file(), "it is not the backup's to remove");
+}
+
+/// Whatever keeps a copy from being read says nothing of the copy. The store knows that it has lost its own, so that
+/// this one is the last.
+#[test]
+fn verifying_never_removes_the_last_copy() {
+    let (shelf, service) = stocked();
+    let (dir, name) = backup_dir(&service);
+    run_ok(service.service(), &["backup", &name]);
+    let (_, content) = &shelf.kept[2];
+    fs::remove_file(service.blob(&content.sha256())).unwrap();
+    let copy = copy_of(&dir, content);
+    let bytes = Content::new(9, content.len()).bytes();
+    fs::write(&copy, &bytes).unwrap();
+    service
+        .sqlite()
+        .execute("UPDATE blobs SET state = 'missing' WHERE content_hash = ?1", [content.sha256()])
+        .unwrap();
+    let said = run_failing(service.service(), &["backup", "--verify", &name], 3);
+    assert!(said.contains(&content.sha256()) && said.contains("its source is missing"), "{said}");
+    assert!(fs::read(&copy).unwrap() == bytes, "it stays for its owner to judge");
 }
 
 #[test]
