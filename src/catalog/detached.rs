@@ -70,8 +70,8 @@ pub struct RecordedBlob {
     pub digest: Digest,
     /// Its size in bytes.
     pub size: u64,
-    /// Whether the store had it, as far as that was known.
-    pub is_present: bool,
+    /// Some artifact has it now. What only older versions had may be lost for good, and nobody asks for it.
+    pub is_named: bool,
 }
 
 /// A database file that nobody else uses.
@@ -157,8 +157,8 @@ impl Detached {
         sqlite::totals(&self.db).map(|totals| totals.items).map_err(|cause| self.refused(cause))
     }
 
-    /// Adapts it to what the store really has: `lost` are blobs that are nowhere; and what the store has although it
-    /// was deleted (`has_file` says so) is not deleted later, because it may have been published again since.
+    /// Adapts it to what the store really has: `lost` are blobs that are nowhere. What the store has (`has_file` says
+    /// so) is not missing any more; nor, if it was deleted, deleted later, because it may have been published again since.
     pub fn adapt(
         &mut self,
         lost: &[Digest],

@@ -82,10 +82,10 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Counts one blob; one that the database itself knows to be missing is not lacking.
+    /// Counts one blob; one that is missing and that no artifact has is not lacking.
     pub(super) fn count(&mut self, blob: RecordedBlob, taken: Taken) {
         let problem = match taken {
-            Taken::Missing if !blob.is_present => return,
+            Taken::Missing if !blob.is_named => return,
             Taken::Missing => "is missing".to_owned(),
             Taken::Damaged(problem) => problem,
             Taken::New | Taken::There => {

@@ -375,6 +375,42 @@ fn what_is_in_neither_place_is_named_and_heals_later() {
     shelf.assert_held(&elsewhere);
 }
 
+/// That the service has noticed the loss makes the backup no more complete.
+#[test]
+fn what_the_store_knows_to_be_missing_is_lacking_unless_nobody_has_it() {
+    let (shelf, service) = stocked();
+    let (_, name) = backup_dir(&service);
+    let [(_, named), _, (url, unnamed)] = &shelf.kept[..] else { unreachable!() };
+    for content in [named, unnamed] {
+        fs::remove_file(service.blob(&content.sha256())).unwrap();
+        let lose = "UPDATE blobs SET state = 'missing' WHERE content_hash = ?1";
+        service.sqlite().execute(lose, [content.sha256()]).unwrap();
+    }
+    service.sqlite().execute("DELETE FROM artifacts WHERE source_url = ?1", [url]).unwrap();
+    let said = run_failing(service.service(), &["backup", &name], 3);
+    assert!(said.contains(&format!("{} is missing", named.sha256())), "{said}");
+    assert!(!said.contains(&unnamed.sha256()), "{said}");
+    assert_eq!(run_failing(&Service::new(), &["restore", &name], 3), said);
+}
+
+#[test]
+fn what_was_missing_and_is_restored_is_missing_no_more() {
+    let (shelf, mut service) = stocked();
+    let (_, name) = backup_dir(&service);
+    run_ok(service.service(), &["backup", &name]);
+    service.sqlite().execute("UPDATE blobs SET state = 'missing'", []).unwrap();
+    // Its files are there already; now the database says that the store had lost them.
+    run_ok(service.service(), &["backup", &name]);
+    fs::remove_file(service.blob(&shelf.kept[0].1.sha256())).unwrap();
+    service.term();
+    let said = run_ok(service.service(), &["restore", &name]);
+    assert!(said.contains("1 copied, 2 already there, 0 lacking"), "{said}");
+    assert_eq!(service.count_rows("SELECT count(*) FROM blobs WHERE state <> 'present'"), 0);
+    let service = service.again().start();
+    assert_eq!(service.stats()["unique_blobs"], 3);
+    shelf.assert_held(&service);
+}
+
 #[test]
 fn what_can_not_be_used_replaces_nothing() {
     let (shelf, mut service) = stocked();
