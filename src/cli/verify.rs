@@ -211,7 +211,11 @@ fn look(args: &VerifyArgs, base: &Path, inspection: &mut Inspection) -> Result<R
         match problem(base, *blob, inspection, &mut report.read_bytes, &progress)? {
             None => {
                 report.whole += 1;
-                whole.push(blob.digest);
+                match blob.is_missing {
+                    // At once: it would undo what a running service finds later.
+                    true => warn_unnoted(inspection.note_found(blob.digest)),
+                    false => whole.push(blob.digest),
+                }
             }
             Some(loss) => {
                 let urls = inspection.urls(blob.digest)?;
@@ -296,10 +300,14 @@ fn problem(
 
 /// Remembers what was found whole; if it can't be, the scrub only reads it once more.
 fn note(inspection: &mut Inspection, whole: &mut Vec<Digest>) {
-    if let Err(error) = inspection.note_whole(whole) {
+    warn_unnoted(inspection.note_whole(whole));
+    whole.clear();
+}
+
+fn warn_unnoted(noted: Result<(), Error>) {
+    if let Err(error) = noted {
         super::say(format_args!("warning: what was verified can't be noted: {error}"));
     }
-    whole.clear();
 }
 
 fn count_orphans(base: &Path, inspection: &Inspection) -> Result<usize, Error> {

@@ -171,6 +171,30 @@ fn what_can_not_be_mended_does_not_keep_the_others_from_it() {
     assert!(stderr.contains(&artifacts[3].1.sha256()), "{stderr}");
 }
 
+/// Between the look at a file and the note of it, a running service may have found it missing.
+#[test]
+fn only_what_was_missing_when_it_was_looked_at_is_noted_as_found() {
+    let up = Upstream::start();
+    let (mut service, artifacts) = filled(&up, Service::new());
+    service.term();
+    let [lost, found] = [3, 4].map(|n| artifacts[n].1.sha256());
+    // As if the service's note came just behind the first of this process's.
+    let lose = format!(
+        "UPDATE blobs SET state = 'missing' WHERE content_hash = '{found}';
+         CREATE TRIGGER lost AFTER UPDATE OF verified_at ON blobs
+         WHEN new.content_hash = '{lost}' AND old.state = 'present' AND new.state = 'present'
+         BEGIN UPDATE blobs SET state = 'missing' WHERE content_hash = '{lost}'; END"
+    );
+    service.sqlite().execute_batch(&lose).unwrap();
+    assert_eq!(verify(&service, &[]).0, 0);
+    let missing = |digest: &str| {
+        let query =
+            format!("SELECT count(*) FROM blobs WHERE state = 'missing' AND content_hash = '{digest}'");
+        service.count_rows(&query)
+    };
+    assert_eq!((missing(&lost), missing(&found)), (1, 0));
+}
+
 #[test]
 fn parts_samples_and_budgets() {
     let up = Upstream::start();
