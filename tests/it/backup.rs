@@ -360,6 +360,25 @@ fn an_interrupted_restore_is_run_again() {
 }
 
 #[test]
+fn an_interrupted_restore_leaves_a_database() {
+    let (mut shelf, mut service) = stocked();
+    let (_, name) = backup_dir(&service);
+    run_ok(service.service(), &["backup", &name]);
+    shelf.add(&service, 1_030, 5_000);
+    service.term();
+    for point in ["restore.copied", "restore.set_aside", "restore.set_aside:2"] {
+        let mut restore = service.service().command(&["restore", &name]);
+        let status = restore.env("ARTIFACT_CACHE_KILL_POINT", point).stdout(Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), None, "killed at {point}");
+        service = service.again().start();
+        shelf.assert_held(&service);
+        service.term();
+    }
+    run_ok(service.service(), &["restore", &name]);
+    assert_eq!(service.again().start().stats()["total_items"], 3);
+}
+
+#[test]
 fn what_is_in_neither_place_is_named_and_heals_later() {
     let (shelf, service) = stocked();
     let (dir, name) = backup_dir(&service);
