@@ -57,6 +57,9 @@ def goals(clients):
     yield Goal("random 64 KiB ranges c64", "range 64 KiB c64", "rps", ((0.8, "npoff"), (1, "nosf"), (1, "npoff")))
     yield Goal("/health p99 during cold reads", "cold 1 GiB ×2", "probe_p99_ms", ((2, "sf"), (1, "sf"), None))
     yield Goal("miss 1 GiB", "miss 1 GiB", "wall_s", ((1.25, "pc"), (1, "pc"), (1, "varnish-file")))
+    # On one core the digest alone is a third; where there is a second one, it is computed there.
+    yield Goal("miss 1 GiB, both cores", "miss 1 GiB, both cores", "wall_s",
+               ((1.25, "pc"), (1, "pc"), (1, "varnish-file")))
     yield Goal("miss 1 GiB, against curl -o", "miss 1 GiB", "wall_s", (None, (1 / 0.9, "curl", "miss 1 GiB, curl -o"), None))
     yield Goal("miss 1 GiB, CPU", "miss 1 GiB", "cpu_s_per_gb", ((1.7, "pc"), (1.45, "pc"), (1.1, "pc")))
     yield Goal("miss 1 GiB, anonymous memory", "miss 1 GiB", "anon_mib", (64, 32, None))

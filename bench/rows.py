@@ -201,6 +201,12 @@ def miss(bench):
     rounds = 2 if bench.options.quick else min(bench.options.rounds, 5)
     bench.results["miss 1 GiB, curl -o"] = {"curl": [curl(bench) for _ in range(rounds)]}
     bench.interleaved("miss 1 GiB", MISSERS, lambda s: one_miss(bench, s, fresh("1g")), rounds)
+
+    def both_cores(server):
+        with machine.on_all_cores(server.pid):
+            return one_miss(bench, server, fresh("1g"))
+
+    bench.interleaved("miss 1 GiB, both cores", MISSERS, both_cores, rounds)
     count = 50 if bench.options.quick else 300
 
     def small(server):

@@ -337,13 +337,16 @@ impl Cache {
         taken
     }
 
-    /// Counts the blobs whose digest begins with this byte and that the catalogue does not know. Blocks.
-    pub fn count_orphans(&self, first: u8) -> Result<u64, Error> {
-        let blobs =
-            self.blobs.list(first).map_err(|cause| Error::io("Failed to read cache storage", &cause))?;
+    /// The digests of all stored files that begin with this byte. Blocks.
+    pub fn list_blobs(&self, first: u8) -> Result<Vec<Digest>, Error> {
+        self.blobs.list(first).map_err(|cause| Error::io("Failed to read cache storage", &cause))
+    }
+
+    /// How many of these the catalogue does not know. Blocks.
+    pub fn count_unknown(&self, blobs: &[Digest]) -> Result<u64, Error> {
         blobs
-            .into_iter()
-            .try_fold(0, |orphans, digest| Ok(orphans + u64::from(!self.catalog.knows_blob(digest)?)))
+            .iter()
+            .try_fold(0, |unknown, digest| Ok(unknown + u64::from(!self.catalog.knows_blob(*digest)?)))
     }
 
     /// Removes downloads that broke off and nobody went on with in time. Blocks.

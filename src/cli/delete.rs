@@ -71,13 +71,13 @@ fn delete_urls(config: &Config, editor: &mut Editor, args: &DeleteArgs) -> Outco
     for url in &urls {
         let removed = editor.delete(url.key())?;
         if !args.json {
-            println!("{}", line(config, url, removed.as_ref()));
+            super::print(&format!("{}\n", line(config, url, removed.as_ref())))?;
         }
         results.push((url, removed));
     }
     if args.json {
         let all: Vec<Value> = results.iter().map(|(url, removed)| object(url, removed.as_ref())).collect();
-        println!("{}", Value::from(all));
+        super::print(&format!("{}\n", Value::from(all)))?;
     }
     match results.iter().all(|(_, removed)| removed.is_some()) {
         true => Ok(ExitCode::SUCCESS),
@@ -125,22 +125,20 @@ fn delete_orphans(config: &Config, editor: &mut Editor, args: &DeleteArgs) -> Ou
             .iter()
             .map(|(digest, size)| json!({"sha256": digest.to_string(), "file_size": size}))
             .collect();
-        println!(
-            "{}",
-            json!({"orphans": list, "file_size": bytes, "known_blobs": known, "deleted": deleted})
-        );
+        let answer = json!({"orphans": list, "file_size": bytes, "known_blobs": known, "deleted": deleted});
+        super::print(&format!("{answer}\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
     for (digest, size) in &orphans {
-        println!("{digest} {size}");
+        super::print(&format!("{digest} {size}\n"))?;
     }
-    match args.yes {
-        true => eprintln!("{deleted} orphans with {bytes} bytes deleted; {known} files are known"),
-        false => eprintln!(
+    super::say(match args.yes {
+        true => format!("{deleted} orphans with {bytes} bytes deleted; {known} files are known"),
+        false => format!(
             "{} orphans with {bytes} bytes, nothing deleted (--yes deletes them); {known} files are known",
             orphans.len()
         ),
-    }
+    });
     Ok(ExitCode::SUCCESS)
 }
 

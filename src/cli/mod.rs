@@ -174,13 +174,18 @@ pub fn run() -> ExitCode {
         Some(Verb::Verify(args)) => verify::verify(&args, &config),
     };
     done.unwrap_or_else(|error| {
-        eprintln!("error: {}", chain(&*error));
+        say(format_args!("error: {}", chain(&*error)));
         ExitCode::FAILURE
     })
 }
 
 fn load(args: &ConfigArgs) -> Result<Config, Box<dyn Error>> {
     Ok(args.load()?.0)
+}
+
+/// A line on standard error, if anybody takes it: `eprintln!` would panic where it is full or closed.
+fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// An error and its causes in one line.

@@ -282,7 +282,7 @@ fn problem(
 /// Remembers what was found whole; if it can't be, the scrub only reads it once more.
 fn note(inspection: &mut Inspection, whole: &mut Vec<Digest>) {
     if let Err(error) = inspection.note_whole(whole) {
-        eprintln!("warning: what was verified can't be noted: {error}");
+        super::say(format_args!("warning: what was verified can't be noted: {error}"));
     }
     whole.clear();
 }

@@ -10,18 +10,22 @@ use crate::{cache::Cache, error::Error};
 
 /// Times as long as a step took are waited before the next: the census gets a tenth of one processor and disk at most.
 const REST: u32 = 9;
+/// Blobs asked for in a step: under a millisecond, so that on a single processor no request waits for it.
+const STEP: usize = 32;
 
-/// Goes through the whole store once, a first-level directory at a time.
+/// Goes through the whole store once.
 pub(super) async fn run_once(cache: &Arc<Cache>, stop: &CancellationToken) -> Result<(), Error> {
     let mut orphans = 0;
     for first in 0..=u8::MAX {
-        let began = Instant::now();
-        let counting = cache.clone();
-        let found = tokio::task::spawn_blocking(move || counting.count_orphans(first)).await;
-        orphans += found.unwrap_or(Ok(0))?;
-        tokio::select! {
-            () = tokio::time::sleep(began.elapsed() * REST) => {}
-            () = stop.cancelled() => return Ok(()),
+        let Some(blobs) = step(cache, stop, move |cache| cache.list_blobs(first)).await? else {
+            return Ok(());
+        };
+        for some in blobs.chunks(STEP) {
+            let some = some.to_vec();
+            let Some(unknown) = step(cache, stop, move |cache| cache.count_unknown(&some)).await? else {
+                return Ok(());
+            };
+            orphans += unknown;
         }
     }
     cache.set_orphans(orphans);
@@ -32,4 +36,17 @@ pub(super) async fn run_once(cache: &Arc<Cache>, stop: &CancellationToken) -> Re
         );
     }
     Ok(())
+}
+
+/// Does something that can wait for the disk, and rests. `None` when there is to be no more.
+async fn step<T: Send + Default + 'static>(
+    cache: &Arc<Cache>,
+    stop: &CancellationToken,
+    work: impl FnOnce(&Cache) -> Result<T, Error> + Send + 'static,
+) -> Result<Option<T>, Error> {
+    let (began, working) = (Instant::now(), cache.clone());
+    let done =
+        tokio::task::spawn_blocking(move || work(&working)).await.unwrap_or_else(|_| Ok(T::default()))?;
+    let rested = stop.run_until_cancelled(tokio::time::sleep(began.elapsed() * REST)).await;
+    Ok(rested.map(|()| done))
 }

@@ -180,3 +180,11 @@ fn a_proxy_in_the_environment_is_ignored_and_that_is_said() {
         line["level"] == "WARN" && line.to_string().to_lowercase().contains("http_proxy")
     });
 }
+
+#[test]
+fn an_error_that_nobody_can_read_is_still_an_error() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let status =
+        Command::new(BINARY).args(["serve", "--config", "no/such/file.yaml"]).stderr(full).status().unwrap();
+    assert_eq!(status.code(), Some(1), "101 would be a panic");
+}

@@ -88,7 +88,7 @@ pub(super) fn get(args: &GetArgs) -> Outcome {
         Ok(_) => ExitCode::SUCCESS,
         Err(failure) => {
             if !args.json {
-                eprintln!("error: {failure}");
+                super::say(format_args!("error: {failure}"));
             }
             ExitCode::from(failure.exit_code())
         }
