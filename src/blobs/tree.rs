@@ -194,8 +194,13 @@ fn copy(mut source: File, to: &Path, digest: Digest) -> io::Result<Option<String
     Ok(None)
 }
 
-/// Why the file at `path` is not the blob of this digest, if it isn't.
+/// Why the file at `path` is not the blob of this digest, if it isn't. Looked at twice, because a single look may be all
+/// that is wrong: too many open files, or a bit that was lost on its way from the disk.
 fn problem_at(path: &Path, digest: Digest, size: u64) -> Option<String> {
+    problem_now(path, digest, size).and_then(|_| problem_now(path, digest, size))
+}
+
+fn problem_now(path: &Path, digest: Digest, size: u64) -> Option<String> {
     match held(path, size) {
         Ok(Held::Whole(file)) => match hash(file) {
             Ok(found) if found == digest => None,
