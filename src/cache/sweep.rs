@@ -2,8 +2,19 @@
 
 use std::sync::Arc;
 
-use super::Cache;
+use super::{Archive, Cache};
 use crate::{blobs::Removal, catalog::Deleted, error::Error};
+
+/// Whether a turn of the sweep took place.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It did.
+    Taken(Swept),
+    /// A backup needs every file.
+    Backup,
+    /// The database is not the one that records this store, so what it calls deleted says nothing of these files.
+    Doubt,
+}
 
 /// What a turn of the sweep came to.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -26,22 +37,30 @@ impl Cache {
         self.catalog.unswept(limit)
     }
 
-    /// Deletes the files of these blobs, but for those that are wanted again. `None` while a backup needs them all.
-    pub async fn sweep(self: &Arc<Self>, due: Vec<Deleted>) -> Result<Option<Swept>, Error> {
+    /// Deletes the files of these blobs, but for those that are wanted again.
+    pub async fn sweep(self: &Arc<Self>, due: Vec<Deleted>) -> Result<Turn, Error> {
         let cache = self.clone();
         let turn = tokio::task::spawn_blocking(move || cache.sweep_now(&due)).await;
         let turn = turn.map_err(|cause| failed(&std::io::Error::other(cause)))??;
-        let Some((swept, gone)) = turn else { return Ok(None) };
+        let (swept, gone) = match turn {
+            Ok(swept) => swept,
+            Err(held_off) => return Ok(held_off),
+        };
         self.metrics.swept_blobs.inc_by(swept.blobs);
         self.metrics.swept_bytes.inc_by(swept.bytes);
         // Should this not come to be noted, the next turn finds nothing there and notes it then.
         self.catalog.mark_swept(gone).await?;
-        Ok(Some(swept))
+        Ok(Turn::Taken(swept))
     }
 
-    fn sweep_now(&self, due: &[Deleted]) -> Result<Option<(Swept, Vec<Deleted>)>, Error> {
-        let Some(_turn) = self.blobs.try_sweep_turn().map_err(|cause| failed(&cause))? else {
-            return Ok(None);
+    /// The inner error is why there is no turn now.
+    fn sweep_now(&self, due: &[Deleted]) -> Result<Result<(Swept, Vec<Deleted>), Turn>, Error> {
+        // Many orphans are no reason: that the database is the right one is known, and a full disk may need the room.
+        if matches!(self.archive(), Archive::New | Archive::Other | Archive::Older) {
+            return Ok(Err(Turn::Doubt));
+        }
+        let Some(_lock) = self.blobs.try_sweep_turn().map_err(|cause| failed(&cause))? else {
+            return Ok(Err(Turn::Backup));
         };
         let (mut swept, mut gone) = (Swept::default(), Vec::new());
         for blob in due {
@@ -60,7 +79,7 @@ impl Cache {
                 }
             }
         }
-        Ok(Some((swept, gone)))
+        Ok(Ok((swept, gone)))
     }
 }
 
