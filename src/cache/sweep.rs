@@ -86,3 +86,46 @@ impl Cache {
 fn failed(cause: &std::io::Error) -> Error {
     Error::io("Failed to delete from cache storage", cause)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::mpsc::channel,
+        time::{Duration, SystemTime},
+    };
+
+    use super::*;
+    use crate::{
+        artifact::Digest,
+        blobs::{Blobs, Origin},
+        config::Config,
+    };
+
+    /// The catalogue's thread gives claims up, and every record waits for it.
+    #[tokio::test]
+    async fn who_gives_a_claim_up_waits_for_no_publisher_and_no_sweep() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut storage = Config::default().storage;
+        (storage.base_path, storage.min_free_bytes) = (dir.path().join("cache"), 0);
+        let blobs = Arc::new(Blobs::open(&storage).unwrap());
+        let origin = Origin { source_url: String::new(), head: serde_json::Value::Null };
+        let mut spool = blobs.spool(None, origin).unwrap();
+        spool.write("content".into()).await.unwrap();
+        let written = spool.finish().await.unwrap();
+        let mut neighbour = written.digest.to_string();
+        neighbour.replace_range(2.., &"0".repeat(62));
+        let claim = blobs.publish(written).await.unwrap().claim;
+        let is_given_up = || {
+            let (told, heard) = channel();
+            std::thread::spawn(move || {
+                drop(claim);
+                told.send(()).unwrap();
+            });
+            heard.recv_timeout(Duration::from_secs(10)).expect("it is given up in the middle of a removal");
+            Ok(false)
+        };
+        let neighbour: Digest = neighbour.parse().unwrap();
+        let removal = blobs.remove(neighbour, SystemTime::now(), is_given_up).unwrap();
+        assert_eq!(removal, Removal::Wanted);
+    }
+}

@@ -177,7 +177,9 @@ impl Work {
                 tracing::error!(error = %cause, records = records.len(), "catalogue write failed");
                 sqlite::error("Failed to write to the catalogue", &cause)
             });
-            for (_, _claim, reply) in records {
+            let mut claims = Vec::with_capacity(records.len());
+            for (_, claim, reply) in records {
+                claims.push(claim);
                 let answer = match &mut outcome {
                     Ok(recorded) => recorded.next().ok_or_else(stopped),
                     Err(error) => Err(error.clone()),
@@ -185,6 +187,8 @@ impl Work {
                 // The download may have been given up meanwhile; the record stands all the same.
                 let _ = reply.send(answer);
             }
+            // Only now, so that nobody waits for what giving them up takes.
+            drop(claims);
         }
         if !checkpoints.is_empty() {
             self.write_out();
