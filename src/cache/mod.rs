@@ -283,13 +283,18 @@ impl Cache {
         self.catalog.totals()
     }
 
-    /// What is measured when somebody asks; zeros where it can't be.
+    /// Bytes that the store's disk has free, zero if that can't be known. Blocks.
+    pub fn free_bytes(&self) -> u64 {
+        self.blobs.free_bytes().unwrap_or(0)
+    }
+
+    /// What is measured when somebody asks; zeros where it can't be. Blocks.
     pub fn sample(&self) -> Sample {
         let totals = self.catalog.totals().unwrap_or_default();
         Sample {
             items: totals.items,
             stored_bytes: totals.stored_bytes,
-            free_bytes: self.blobs.free_bytes().unwrap_or(0),
+            free_bytes: self.free_bytes(),
             partial_bytes: self.blobs.partial_bytes(),
             missing_blobs: self.catalog.count_missing().unwrap_or(0),
             oldest_verified: self.catalog.oldest_verified().unwrap_or_default(),
