@@ -115,6 +115,10 @@ pub struct Blobs {
     buffers: BufferPool,
     /// By a digest's first byte: publishing, moving aside and deleting exclude each other.
     shards: Box<[Mutex<Shard>; 256]>,
+    /// What is being published, once for each publisher: from before it has its name until the catalogue knows it. Its
+    /// lock is for a moment only, unlike a shard's, so that whoever gives a claim up waits for no disk. It is taken
+    /// with a shard's lock held or none, never the other way round.
+    claims: Mutex<Vec<Digest>>,
     _lock: File,
 }
 
@@ -126,8 +130,6 @@ struct Shard {
     durable: bool,
     /// The same of its entries.
     durable_children: [u64; 4],
-    /// What is being published, once for each publisher: from before it has its name until the catalogue knows it.
-    claims: Vec<Digest>,
 }
 
 impl Blobs {
@@ -177,6 +179,7 @@ impl Blobs {
             spool_pool: Arc::new(Semaphore::new(SPOOL_POOL_BYTES / 1024)),
             buffers: BufferPool::default(),
             shards: Box::new(std::array::from_fn(|_| Mutex::default())),
+            claims: Mutex::default(),
             _lock: lock,
         })
     }
@@ -304,7 +307,7 @@ impl Blobs {
         kill_point::pass("publish.spool_synced");
         let digest = written.digest;
         let [first, second] = [digest.as_bytes()[0], digest.as_bytes()[1]];
-        // Before the shard's lock, so that it is given up after it.
+        // Before the shard's lock: a sweep that has that lock and sees no claim is done before this gets any further.
         let claim = self.claim(digest);
         let mut shard = self.shard(digest);
         let outer = self.base.join(format!("{first:02x}"));
@@ -421,6 +424,10 @@ impl Blobs {
 
     fn path(&self, digest: Digest) -> PathBuf {
         place(&self.base, digest)
+    }
+
+    fn claims(&self) -> MutexGuard<'_, Vec<Digest>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn shard(&self, digest: Digest) -> MutexGuard<'_, Shard> {

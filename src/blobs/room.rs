@@ -100,8 +100,12 @@ impl Disk {
     }
 
     /// Whether `bytes` more than `storage.min_free_bytes` are free. Downloads that broke off are given up for it, the
-    /// oldest first.
+    /// oldest first; none if all of them were not enough.
     pub(super) fn has_room(&self, bytes: u64) -> io::Result<bool> {
+        let wanted = self.min_free_bytes.saturating_add(bytes);
+        if self.free_bytes()?.saturating_add(self.partials.bytes()) < wanted {
+            return Ok(false);
+        }
         while !self.is_free(bytes)? {
             if !self.partials.give_up_oldest() {
                 return Ok(false);

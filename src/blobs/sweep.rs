@@ -25,9 +25,9 @@ pub struct Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut shard = self.blobs.shard(self.digest);
-        if let Some(at) = shard.claims.iter().position(|claimed| *claimed == self.digest) {
-            shard.claims.swap_remove(at);
+        let mut claims = self.blobs.claims();
+        if let Some(at) = claims.iter().position(|claimed| *claimed == self.digest) {
+            claims.swap_remove(at);
         }
     }
 }
@@ -46,7 +46,7 @@ pub enum Removal {
 impl Blobs {
     /// Claims a digest for a publisher.
     pub(super) fn claim(self: &Arc<Self>, digest: Digest) -> Claim {
-        self.shard(digest).claims.push(digest);
+        self.claims().push(digest);
         Claim { blobs: self.clone(), digest }
     }
 
@@ -66,8 +66,10 @@ impl Blobs {
         deleted_at: SystemTime,
         is_deleted: impl FnOnce() -> Result<bool, Error>,
     ) -> Result<Removal, Error> {
-        let shard = self.shard(digest);
-        if shard.claims.contains(&digest) || !is_deleted()? {
+        let _shard = self.shard(digest);
+        // In this order: a claim that is gone by now has its row.
+        let is_claimed = self.claims().contains(&digest);
+        if is_claimed || !is_deleted()? {
             return Ok(Removal::Wanted);
         }
         kill_point::pass("sweep.checked");

@@ -35,14 +35,14 @@ pub enum Archive {
 
 /// The verdict at the start, and what the census has made of it.
 #[derive(Debug)]
-pub(super) struct Claim {
+pub(super) struct Ownership {
     archive: Mutex<Archive>,
     has_census: AtomicBool,
 }
 
-impl Claim {
+impl Ownership {
     /// Compares both sides, says aloud what is wrong, and takes possession if nothing is.
-    pub(super) fn new(catalog: &Catalog, blobs: &Blobs) -> Claim {
+    pub(super) fn new(catalog: &Catalog, blobs: &Blobs) -> Ownership {
         let identity = catalog.identity();
         let judged = blobs.owner().and_then(|owner| {
             let archive = judge(identity, catalog.is_new(), owner.as_deref(), blobs.is_empty()?);
@@ -65,7 +65,7 @@ impl Claim {
                 }
             }
         }
-        Claim { archive: Mutex::new(archive), has_census: AtomicBool::new(false) }
+        Ownership { archive: Mutex::new(archive), has_census: AtomicBool::new(false) }
     }
 
     /// A census has been taken.

@@ -143,13 +143,21 @@ impl<'a> Download<'a> {
         if let Some(version) = self.flight.lost.clone() {
             self.cache.set_aside(version).await?;
         }
-        self.cache.blobs.check_room()?;
+        self.check_room().await?;
         self.inherit().await;
         let ended = self.attempts().await;
         if let Some(part) = self.part {
             part.spool.leave().await;
         }
         ended
+    }
+
+    /// Fails when nothing can be stored, before the upstream has to be asked. May remove files to make room.
+    async fn check_room(&self) -> Result<(), Error> {
+        let blobs = self.cache.blobs.clone();
+        let checked = tokio::task::spawn_blocking(move || blobs.check_room()).await;
+        checked
+            .map_err(|cause| Error::io("Failed to write to cache storage", &std::io::Error::other(cause)))?
     }
 
     /// Tries until the artifact has landed or no further attempt may help.
@@ -199,7 +207,10 @@ impl<'a> Download<'a> {
 
     /// Takes over what an earlier flight has left, if it can be continued.
     async fn inherit(&mut self) {
-        let Some(partial) = self.cache.blobs.take_partial(self.flight.url.key()) else { return };
+        let (blobs, url) = (self.cache.blobs.clone(), self.flight.url.clone());
+        // One whose time is up is removed.
+        let taken = tokio::task::spawn_blocking(move || blobs.take_partial(url.key())).await;
+        let Ok(Some(partial)) = taken else { return };
         let head = serde_json::from_value::<Head>(partial.origin().head.clone()).ok();
         let head = head.filter(|head| is_provable(head, self.flight));
         let (blobs, length) = (self.cache.blobs.clone(), head.as_ref().map(|head| head.length));

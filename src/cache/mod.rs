@@ -37,7 +37,7 @@ use crate::{
     upstream::{Head, Upstream},
 };
 pub use archive::Archive;
-use archive::Claim;
+use archive::Ownership;
 pub use body::{Body, Broken};
 use download::Landing;
 use front::Front;
@@ -45,7 +45,7 @@ pub use front::Stored;
 use inflight::{Flight, Inflight, Stage};
 pub use scrub::Scrubbed;
 use scrub::Suspects;
-pub use sweep::Swept;
+pub use sweep::{Swept, Turn};
 
 /// Rejected digests that are remembered; old ones go first.
 const REMEMBERED_MISMATCHES: usize = 10_000;
@@ -61,7 +61,7 @@ pub struct Cache {
     inflight: Inflight,
     /// The digest that a URL had when a client expected another one, and when that was.
     mismatches: Bounded<(Arc<str>, Digest), (Digest, Instant)>,
-    claim: Claim,
+    ownership: Ownership,
     suspects: Suspects,
     limits: Limits,
 }
@@ -131,9 +131,9 @@ impl Cache {
         metrics: Arc<Metrics>,
     ) -> Arc<Cache> {
         metrics.min_free_bytes.set(config.storage.min_free_bytes.try_into().unwrap_or(i64::MAX));
-        let claim = Claim::new(&catalog, &blobs);
+        let ownership = Ownership::new(&catalog, &blobs);
         Arc::new(Cache {
-            claim,
+            ownership,
             catalog,
             blobs: Arc::new(blobs),
             upstream,
@@ -283,13 +283,18 @@ impl Cache {
         self.catalog.totals()
     }
 
-    /// What is measured when somebody asks; zeros where it can't be.
+    /// Bytes that the store's disk has free, zero if that can't be known. Blocks.
+    pub fn free_bytes(&self) -> u64 {
+        self.blobs.free_bytes().unwrap_or(0)
+    }
+
+    /// What is measured when somebody asks; zeros where it can't be. Blocks.
     pub fn sample(&self) -> Sample {
         let totals = self.catalog.totals().unwrap_or_default();
         Sample {
             items: totals.items,
             stored_bytes: totals.stored_bytes,
-            free_bytes: self.blobs.free_bytes().unwrap_or(0),
+            free_bytes: self.free_bytes(),
             partial_bytes: self.blobs.partial_bytes(),
             missing_blobs: self.catalog.count_missing().unwrap_or(0),
             oldest_verified: self.catalog.oldest_verified().unwrap_or_default(),
@@ -310,7 +315,7 @@ impl Cache {
     /// Whether the database is the one that records this store.
     fn archive(&self) -> Archive {
         let orphans = self.metrics.orphan_blobs.get();
-        self.claim.verdict(&self.catalog, &self.blobs, orphans, self.limits.tolerated_orphans)
+        self.ownership.verdict(&self.catalog, &self.blobs, orphans, self.limits.tolerated_orphans)
     }
 
     /// There is something that a snapshot of the database would save.
@@ -357,7 +362,7 @@ impl Cache {
     /// Tells how many there are in all.
     pub fn set_orphans(&self, orphans: u64) {
         self.metrics.orphan_blobs.set(orphans as i64);
-        self.claim.counted();
+        self.ownership.counted();
     }
 
     /// Writes what is only in memory, so that a plain copy of the database is whole.

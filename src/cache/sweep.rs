@@ -2,8 +2,19 @@
 
 use std::sync::Arc;
 
-use super::Cache;
+use super::{Archive, Cache};
 use crate::{blobs::Removal, catalog::Deleted, error::Error};
+
+/// Whether a turn of the sweep took place.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It did.
+    Taken(Swept),
+    /// A backup needs every file.
+    Backup,
+    /// The database is not the one that records this store, so what it calls deleted says nothing of these files.
+    Doubt,
+}
 
 /// What a turn of the sweep came to.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -26,22 +37,30 @@ impl Cache {
         self.catalog.unswept(limit)
     }
 
-    /// Deletes the files of these blobs, but for those that are wanted again. `None` while a backup needs them all.
-    pub async fn sweep(self: &Arc<Self>, due: Vec<Deleted>) -> Result<Option<Swept>, Error> {
+    /// Deletes the files of these blobs, but for those that are wanted again.
+    pub async fn sweep(self: &Arc<Self>, due: Vec<Deleted>) -> Result<Turn, Error> {
         let cache = self.clone();
         let turn = tokio::task::spawn_blocking(move || cache.sweep_now(&due)).await;
         let turn = turn.map_err(|cause| failed(&std::io::Error::other(cause)))??;
-        let Some((swept, gone)) = turn else { return Ok(None) };
+        let (swept, gone) = match turn {
+            Ok(swept) => swept,
+            Err(held_off) => return Ok(held_off),
+        };
         self.metrics.swept_blobs.inc_by(swept.blobs);
         self.metrics.swept_bytes.inc_by(swept.bytes);
         // Should this not come to be noted, the next turn finds nothing there and notes it then.
         self.catalog.mark_swept(gone).await?;
-        Ok(Some(swept))
+        Ok(Turn::Taken(swept))
     }
 
-    fn sweep_now(&self, due: &[Deleted]) -> Result<Option<(Swept, Vec<Deleted>)>, Error> {
-        let Some(_turn) = self.blobs.try_sweep_turn().map_err(|cause| failed(&cause))? else {
-            return Ok(None);
+    /// The inner error is why there is no turn now.
+    fn sweep_now(&self, due: &[Deleted]) -> Result<Result<(Swept, Vec<Deleted>), Turn>, Error> {
+        // Many orphans are no reason: that the database is the right one is known, and a full disk may need the room.
+        if matches!(self.archive(), Archive::New | Archive::Other | Archive::Older) {
+            return Ok(Err(Turn::Doubt));
+        }
+        let Some(_lock) = self.blobs.try_sweep_turn().map_err(|cause| failed(&cause))? else {
+            return Ok(Err(Turn::Backup));
         };
         let (mut swept, mut gone) = (Swept::default(), Vec::new());
         for blob in due {
@@ -60,10 +79,53 @@ impl Cache {
                 }
             }
         }
-        Ok(Some((swept, gone)))
+        Ok(Ok((swept, gone)))
     }
 }
 
 fn failed(cause: &std::io::Error) -> Error {
     Error::io("Failed to delete from cache storage", cause)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::mpsc::channel,
+        time::{Duration, SystemTime},
+    };
+
+    use super::*;
+    use crate::{
+        artifact::Digest,
+        blobs::{Blobs, Origin},
+        config::Config,
+    };
+
+    /// The catalogue's thread gives claims up, and every record waits for it.
+    #[tokio::test]
+    async fn who_gives_a_claim_up_waits_for_no_publisher_and_no_sweep() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut storage = Config::default().storage;
+        (storage.base_path, storage.min_free_bytes) = (dir.path().join("cache"), 0);
+        let blobs = Arc::new(Blobs::open(&storage).unwrap());
+        let origin = Origin { source_url: String::new(), head: serde_json::Value::Null };
+        let mut spool = blobs.spool(None, origin).unwrap();
+        spool.write("content".into()).await.unwrap();
+        let written = spool.finish().await.unwrap();
+        let mut neighbour = written.digest.to_string();
+        neighbour.replace_range(2.., &"0".repeat(62));
+        let claim = blobs.publish(written).await.unwrap().claim;
+        let is_given_up = || {
+            let (told, heard) = channel();
+            std::thread::spawn(move || {
+                drop(claim);
+                told.send(()).unwrap();
+            });
+            heard.recv_timeout(Duration::from_secs(10)).expect("it is given up in the middle of a removal");
+            Ok(false)
+        };
+        let neighbour: Digest = neighbour.parse().unwrap();
+        let removal = blobs.remove(neighbour, SystemTime::now(), is_given_up).unwrap();
+        assert_eq!(removal, Removal::Wanted);
+    }
 }

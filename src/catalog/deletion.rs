@@ -171,13 +171,16 @@ pub(super) fn mark_swept(db: &mut Connection, blobs: &[Deleted]) -> rusqlite::Re
 mod tests {
     use std::{
         path::PathBuf,
-        sync::mpsc::{Sender, channel},
+        sync::{
+            atomic::Ordering,
+            mpsc::{Sender, channel},
+        },
     };
 
     use super::*;
     use crate::{
         artifact::Version,
-        catalog::{Catalog, Record},
+        catalog::{Catalog, Record, Status},
     };
 
     /// Tells when it is dropped whether the row can be read by then.
@@ -190,9 +193,9 @@ mod tests {
         }
     }
 
-    /// What a failed write has left may be found when the database is opened again.
+    /// What a failed write has left may be found when the database is opened again; a full disk leaves nothing.
     #[test]
-    fn nothing_is_deleted_while_the_database_can_not_be_written() {
+    fn a_failing_disk_holds_the_sweep_off_and_a_full_one_does_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metadata.db");
         let catalog = Catalog::open(&path, 1).unwrap();
@@ -201,8 +204,14 @@ mod tests {
         let deleted = catalog.unswept(10).unwrap();
         assert_eq!(deleted.len(), 1);
         assert!(catalog.is_deleted(&deleted[0]).unwrap());
-        catalog.status.read_only.store(true, std::sync::atomic::Ordering::Relaxed);
-        assert!(!catalog.is_deleted(&deleted[0]).unwrap());
+        let Status { read_only, doubtful, corrupt, .. } = &*catalog.status;
+        read_only.store(true, Ordering::Relaxed);
+        assert!(catalog.is_deleted(&deleted[0]).unwrap(), "the sweep may be what makes room");
+        for reason in [doubtful, corrupt] {
+            reason.store(true, Ordering::Relaxed);
+            assert!(!catalog.is_deleted(&deleted[0]).unwrap());
+            reason.store(false, Ordering::Relaxed);
+        }
     }
 
     /// Between a file and its row only the claim keeps the sweep away.

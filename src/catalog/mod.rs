@@ -233,6 +233,8 @@ pub(crate) struct Status {
     read_only: AtomicBool,
     /// Stands until the process ends: what is written into a broken file may break more of it.
     corrupt: AtomicBool,
+    /// The disk has failed on a write or a sync, so what the page cache shows of the log may not be on it.
+    doubtful: AtomicBool,
 }
 
 impl Status {
@@ -300,9 +302,11 @@ impl Catalog {
 
     /// Whether nothing wants this blob now: it is still deleted, by that same deletion.
     ///
-    /// Never while the database can't be written: a record that has failed so may yet be found when it is opened again.
+    /// Never while the database's disk fails or it is damaged: a record that has failed so may yet be found when it is
+    /// opened again. A full disk is no such reason, since SQLite has taken the record back, and the sweep makes room.
     pub fn is_deleted(&self, blob: &Deleted) -> Result<bool, Error> {
-        if self.is_read_only() {
+        let Status { doubtful, corrupt, .. } = &*self.status;
+        if doubtful.load(Ordering::Acquire) || corrupt.load(Ordering::Acquire) {
             return Ok(false);
         }
         self.told(deletion::is_deleted(&self.reader(), blob))

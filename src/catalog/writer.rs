@@ -59,7 +59,6 @@ impl Writer {
             accesses: accesses.clone(),
             seen: None,
             dirty_since: None,
-            is_doubtful: false,
             last_probe: Instant::now(),
         };
         let thread = thread::Builder::new().name("catalog".into()).spawn(move || work.run(&waiting))?;
@@ -128,8 +127,6 @@ struct Work {
     seen: Option<i64>,
     /// When the WAL last got something that is not in the database yet.
     dirty_since: Option<Instant>,
-    /// The disk has failed on a write or a sync, so what the page cache shows of the log may not be on it.
-    is_doubtful: bool,
     last_probe: Instant,
 }
 
@@ -180,7 +177,9 @@ impl Work {
                 tracing::error!(error = %cause, records = records.len(), "catalogue write failed");
                 sqlite::error("Failed to write to the catalogue", &cause)
             });
-            for (_, _claim, reply) in records {
+            let mut claims = Vec::with_capacity(records.len());
+            for (_, claim, reply) in records {
+                claims.push(claim);
                 let answer = match &mut outcome {
                     Ok(recorded) => recorded.next().ok_or_else(stopped),
                     Err(error) => Err(error.clone()),
@@ -188,6 +187,8 @@ impl Work {
                 // The download may have been given up meanwhile; the record stands all the same.
                 let _ = reply.send(answer);
             }
+            // Only now, so that nobody waits for what giving them up takes.
+            drop(claims);
         }
         if !checkpoints.is_empty() {
             self.write_out();
@@ -269,7 +270,9 @@ impl Work {
             }
             Some(cause) if sqlite::is_unwritable(cause) => {
                 self.status.note(cause);
-                self.is_doubtful |= sqlite::is_io_failure(cause);
+                if sqlite::is_io_failure(cause) {
+                    self.status.doubtful.store(true, Ordering::Release);
+                }
                 if !self.status.read_only.swap(true, Ordering::Relaxed) {
                     self.last_probe = Instant::now();
                     tracing::error!(error = %cause, "the database can't be written: new artifacts are refused");
@@ -289,11 +292,11 @@ impl Work {
         if self.status.corrupt.load(Ordering::Relaxed) {
             return Err(sqlite::failure(ffi::SQLITE_CORRUPT));
         }
-        if self.is_doubtful {
+        if self.status.doubtful.load(Ordering::Relaxed) {
             if !sqlite::checkpoint(&self.db)? {
                 return Err(sqlite::failure(ffi::SQLITE_BUSY));
             }
-            self.is_doubtful = false;
+            self.status.doubtful.store(false, Ordering::Release);
         }
         Ok(())
     }

@@ -5,6 +5,8 @@ use std::{error::Error, net::SocketAddr, path::Path, process::ExitCode, sync::Ar
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
+    task::JoinError,
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -27,6 +29,8 @@ const BLOCKING_THREADS: usize = 256;
 const BACKLOG: u32 = 4096;
 /// How long the ends of abandoned downloads may keep the process.
 const RUNTIME_GRACE: Duration = Duration::from_secs(2);
+/// How long the end may wait for the database's disk, each of two times.
+const CHECKPOINT_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves until SIGTERM or SIGINT.
 pub(super) fn serve(args: &ConfigArgs) -> Outcome {
@@ -69,16 +73,40 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     tracing::info!(signal = signalled, "stopping");
     systemd::stopping();
     shutdown.cancel();
-    // First thing, because the grace time may be cut short from outside.
-    cache.checkpoint().await;
-    tokio::select! {
-        ended = serving => ended?,
-        _ = terminate.recv() => tracing::warn!("stopping at once"),
-        _ = interrupt.recv() => tracing::warn!("stopping at once"),
-    }
-    cache.checkpoint().await;
+    let ending = async {
+        // First thing, because the grace time may be cut short from outside.
+        checkpoint(&cache).await;
+        serving.await?;
+        Ok::<_, JoinError>(checkpoint(&cache).await)
+    };
+    let is_written = tokio::select! {
+        ended = ending => ended?,
+        _ = terminate.recv() => stop_at_once(),
+        _ = interrupt.recv() => stop_at_once(),
+    };
     tracing::info!("stopped");
+    if !is_written {
+        // Its end would wait for the disk all the same. What was acknowledged is safe in the database's log.
+        std::mem::forget(cache);
+    }
     Ok(())
+}
+
+/// Whether the database could be made whole in time.
+async fn checkpoint(cache: &Cache) -> bool {
+    let is_written = timeout(CHECKPOINT_GRACE, cache.checkpoint()).await.is_ok();
+    if !is_written {
+        tracing::warn!(
+            "the database's disk is slow; until the next start a copy of it needs its -wal file too"
+        );
+    }
+    is_written
+}
+
+/// Says so; and that nothing has been written.
+fn stop_at_once() -> bool {
+    tracing::warn!("stopping at once");
+    false
 }
 
 /// The sockets to serve: those that systemd hands over, and for what it does not, those of the configuration.

@@ -12,7 +12,11 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{cache::Cache, catalog::Deleted, error::Error};
+use crate::{
+    cache::{Cache, Turn},
+    catalog::Deleted,
+    error::Error,
+};
 
 /// Deletions that are watched at a time, about 8 MiB; more wait for their turn.
 const WATCHED: usize = 100_000;
@@ -49,12 +53,22 @@ impl Collect {
             if stop.is_cancelled() {
                 return Ok(());
             }
-            let Some(swept) = cache.sweep(turn.to_vec()).await? else {
-                tracing::info!(
-                    waiting = due.len(),
-                    "a backup is running, deleted files stay until it is done"
-                );
-                return Ok(());
+            let swept = match cache.sweep(turn.to_vec()).await? {
+                Turn::Taken(swept) => swept,
+                Turn::Backup => {
+                    tracing::info!(
+                        waiting = due.len(),
+                        "a backup is running, deleted files stay until it is done"
+                    );
+                    return Ok(());
+                }
+                Turn::Doubt => {
+                    tracing::info!(
+                        waiting = due.len(),
+                        "storage.database is not the one that records the store, deleted files stay; see /health"
+                    );
+                    return Ok(());
+                }
             };
             if swept.blobs > 0 {
                 tracing::info!(blobs = swept.blobs, bytes = swept.bytes, "deleted files swept");

@@ -234,8 +234,8 @@ async fn route(
             let client = exchange::client_ip(app, connection.peer(), request.headers());
             Ok(system::health(app, client).await)
         }
-        "/api/stats" => system::stats(app),
-        "/metrics" => Ok(system::metrics(app).await),
+        "/api/stats" => system::stats(app).await,
+        "/metrics" => system::metrics(app).await,
         _ => Err(Refusal::NotFound),
     }
 }

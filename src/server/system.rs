@@ -2,12 +2,13 @@
 
 use std::{
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
+use tokio::{sync::Mutex, task::spawn_blocking};
 
 use super::{App, body::ResponseBody, error::Refusal};
 use crate::cache::{Archive, Health};
@@ -17,25 +18,28 @@ const HEALTH_STANDS_FOR: Duration = Duration::from_secs(5);
 
 static X_CLIENT_IP: HeaderName = HeaderName::from_static("x-client-ip");
 
-/// The last verdict.
+/// The last verdict. Its lock is held while the next one is found, so that on a disk that hangs one thread waits and no
+/// more.
 #[derive(Debug, Default)]
-pub(super) struct HealthCheck(Mutex<Option<(Instant, Health)>>);
+pub(super) struct HealthCheck(Arc<Mutex<Option<(Instant, Health)>>>);
 
 impl HealthCheck {
     async fn verdict(&self, app: &Arc<App>) -> Health {
-        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((when, health)) = last
+        let mut last = self.0.clone().lock_owned().await;
+        if let Some((when, health)) = *last
             && when.elapsed() < HEALTH_STANDS_FOR
         {
             return health;
         }
         let cache = app.cache.clone();
-        // A disk that hangs must hang this check only. If it panics, nothing can be said for the service.
-        let health = tokio::task::spawn_blocking(move || cache.check_health()).await;
-        let health =
-            health.unwrap_or(Health { hits: false, disk: false, database: false, archive: Archive::Known });
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), health));
-        health
+        // The lock goes with it, or it would be free again when whoever asked has left. If it panics, nothing can be
+        // said for the service.
+        let found = spawn_blocking(move || {
+            let health = cache.check_health();
+            *last = Some((Instant::now(), health));
+            health
+        });
+        found.await.unwrap_or(Health { hits: false, disk: false, database: false, archive: Archive::Known })
     }
 }
 
@@ -109,8 +113,11 @@ fn describe(archive: Archive) -> &'static str {
     }
 }
 
-pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {
+pub(super) async fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {
     let totals = app.cache.totals()?;
+    let cache = app.cache.clone();
+    // A disk that hangs must hang this answer only.
+    let free_bytes = spawn_blocking(move || cache.free_bytes()).await.unwrap_or(0);
     let answer = json!({
         "total_items": totals.items,
         "total_size_bytes": totals.size_bytes,
@@ -118,17 +125,19 @@ pub(super) fn stats(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {
         "unique_blobs": totals.blobs,
         "stored_bytes": totals.stored_bytes,
         "hit_ratio": app.metrics.hit_ratio(),
-        "free_bytes": app.cache.sample().free_bytes,
+        "free_bytes": free_bytes,
     });
     Ok(json_response(StatusCode::OK, &answer))
 }
 
-pub(super) async fn metrics(app: &Arc<App>) -> Response<ResponseBody> {
+pub(super) async fn metrics(app: &Arc<App>) -> Result<Response<ResponseBody>, Refusal> {
     for check in checks(app.health.verdict(app).await) {
         app.metrics.set_check(check.name, check.holds);
     }
-    let text = app.metrics.encode(app.cache.sample());
-    respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+    let asked = app.clone();
+    let text = spawn_blocking(move || asked.metrics.encode(asked.cache.sample())).await;
+    let text = text.map_err(|_| Refusal::Panicked)?;
+    Ok(respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text))
 }
 
 fn json_response(status: StatusCode, answer: &Value) -> Response<ResponseBody> {

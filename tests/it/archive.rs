@@ -345,10 +345,10 @@ int fsync(int fd) {
 }
 "#;
 
-/// Builds the shim; without a compiler the test called `name` is skipped.
-fn build_shim(dir: &Path, trigger: &Path, name: &str) -> Option<PathBuf> {
+/// Builds a shim from its source; without a compiler the test called `name` is skipped.
+pub fn build_shim(text: &str, dir: &Path, trigger: &Path, name: &str) -> Option<PathBuf> {
     let (source, shim) = (dir.join("shim.c"), dir.join("shim.so"));
-    fs::write(&source, SHIM).unwrap();
+    fs::write(&source, text).unwrap();
     let mut cc = Command::new("cc");
     cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(&source).arg("-ldl");
     cc.arg(format!("-DTRIGGER=\"{}\"", trigger.display()));
@@ -367,7 +367,7 @@ fn a_log_that_can_not_be_synced_is_built_on_only_after_it_was_written_anew() {
     let dir = tempfile::tempdir().unwrap();
     let trigger = dir.path().join("fail");
     let name = "archive::a_log_that_can_not_be_synced_is_built_on_only_after_it_was_written_anew";
-    let Some(shim) = build_shim(dir.path(), &trigger, name) else { return };
+    let Some(shim) = build_shim(SHIM, dir.path(), &trigger, name) else { return };
     let up = Upstream::start();
     let mut service = Service::new().preload(&shim).start();
     let before = add(&up, &service, 5_700);

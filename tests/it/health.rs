@@ -1,5 +1,6 @@
 //! Health: `healthy` means that all works, and no other state contains that word.
 
+use crate::archive::build_shim;
 use crate::harness::{Content, Reply, Running, Service, Upstream, eventually};
 
 #[test]
@@ -69,4 +70,40 @@ fn it_says_whom_it_sees() {
     let strict = Service::new().env("SERVER__TRUSTED_PROXIES", "").start();
     let forwarded = strict.request("GET", "/health", &[("X-Forwarded-For", "192.0.2.9")]);
     assert_eq!(forwarded.header("X-Client-IP"), "127.0.0.1");
+}
+
+/// While the file `TRIGGER` is there, no look into the directory of the store ends.
+const HANGING: &str = r#"
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <dlfcn.h>
+#include <string.h>
+#include <unistd.h>
+
+DIR *opendir(const char *path) {
+    DIR *(*real)(const char *) = (DIR * (*)(const char *))dlsym(RTLD_NEXT, "opendir");
+    size_t length = strlen(path);
+    while (length >= 6 && !strcmp(path + length - 6, "/cache") && !access(TRIGGER, F_OK)) usleep(20000);
+    return real(path);
+}
+"#;
+
+#[test]
+fn a_disk_that_hangs_costs_one_thread_however_many_ask() {
+    let dir = tempfile::tempdir().unwrap();
+    let trigger = dir.path().join("hang");
+    let name = "health::a_disk_that_hangs_costs_one_thread_however_many_ask";
+    let Some(shim) = build_shim(HANGING, dir.path(), &trigger, name) else { return };
+    let (up, content) = (Upstream::start(), Content::new(156, 1000));
+    let service = Service::new().preload(&shim).env("UPSTREAM__MAX_DOWNLOADS", "2").start();
+    std::fs::write(&trigger, "").unwrap();
+    // More than there are threads that may wait for a disk.
+    let mut asking: Vec<_> = (0..300).map(|_| service.connect()).collect();
+    asking.iter_mut().for_each(|client| client.request("GET", "/health", &[]));
+    let url = up.serve("/a", Reply::ok(&content));
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
+    std::fs::remove_file(&trigger).unwrap();
+    for client in &mut asking {
+        assert_eq!(client.response("GET").status, 200);
+    }
 }

@@ -363,6 +363,21 @@ fn together_they_stay_under_their_limit() {
     assert_eq!(ranges, [false; 3]);
 }
 
+/// What could not be stored even in an empty spool costs no other download what it has.
+#[test]
+fn they_are_not_given_up_for_what_would_not_fit_all_the_same() {
+    let (up, content) = (Upstream::start(), Content::new(530, SIZE));
+    let service = service().env("STORAGE__MAX_ARTIFACT_BYTES", "1000TiB").start();
+    let url = cut_once(&up, "/cut", &content, &[STRONG]);
+    break_off(&service, &url);
+    let absurd = up.on("/absurd", |x| x.send("HTTP/1.1 200 OK\r\nContent-Length: 1000000000000000\r\n\r\n"));
+    let answer = service.fetch(&absurd);
+    assert_eq!(answer.assert_error(500, "internal_error")["details"], "disk full");
+    assert_eq!(service.metric("artifact_cache_partial_bytes"), CUT as f64);
+    service.fetch(&url).assert_ok(&content.bytes());
+    assert_eq!(service.metric(RESUMED), 1.0);
+}
+
 #[test]
 fn nothing_is_kept_where_nothing_is_wanted() {
     let (up, content) = (Upstream::start(), Content::new(514, SIZE));

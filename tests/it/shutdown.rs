@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::archive::build_shim;
 use crate::harness::{Content, End, Gate, Reply, Service, Upstream, eventually, fetch_target};
 
 #[test]
@@ -168,4 +169,60 @@ fn a_reader_of_the_database_does_not_delay_the_end() {
     drop(reader);
     let counted = "SELECT count(*) FROM artifacts WHERE access_count = 1";
     assert_eq!(service.count_rows(counted), 2, "and all was written");
+}
+
+/// While the file `TRIGGER` is there, no sync of a database ends; one of its log does.
+const HANGING: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+int fsync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    const char *end = strstr(path, ".db");
+    while (end && !end[3] && !access(TRIGGER, F_OK)) usleep(20000);
+    return real(fd);
+}
+"#;
+
+#[test]
+fn a_disk_that_hangs_does_not_keep_it_from_ending() {
+    let dir = tempfile::tempdir().unwrap();
+    let trigger = dir.path().join("hang");
+    let name = "shutdown::a_disk_that_hangs_does_not_keep_it_from_ending";
+    let Some(shim) = build_shim(HANGING, dir.path(), &trigger, name) else { return };
+    for signals in [1, 2] {
+        let up = Upstream::start();
+        let grace = if signals == 1 { "0.1" } else { "600" };
+        let service = Service::new().env("SERVER__SHUTDOWN_GRACE_SECONDS", grace).preload(&shim);
+        let mut service = service.start();
+        std::fs::write(&trigger, "").unwrap();
+        let content = Content::new(155, 1000);
+        let url = up.serve("/a", Reply::ok(&content));
+        service.fetch(&url).assert_ok(&content.bytes());
+        let never = up.on("/never", |x| x.hang());
+        let mut client = service.connect();
+        client.request("GET", &fetch_target(&never), &[]);
+        eventually("it runs", || (service.inflight() == 1.0).then_some(()));
+        service.signal_term();
+        service.wait_log("that it stops", |line| line["msg"] == "stopping");
+        if signals == 2 {
+            service.signal_term();
+        }
+        // Else it would hang until it is killed.
+        let (status, stderr) = service.wait_exit();
+        assert_eq!(status.code(), Some(0), "{signals}: {stderr}");
+        let word = if signals == 2 { "stopping at once" } else { "disk is slow" };
+        let is_said = |line: &serde_json::Value| line["msg"].as_str().is_some_and(|msg| msg.contains(word));
+        assert!(service.logs().iter().any(is_said), "{word}");
+        std::fs::remove_file(&trigger).unwrap();
+        let again = service.again().start();
+        assert_eq!(again.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    }
 }

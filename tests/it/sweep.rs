@@ -170,6 +170,27 @@ fn a_file_newer_than_its_deletion_stays() {
     assert_eq!(service.metric(SWEPT), 0.0);
 }
 
+/// What another store's database calls deleted may be an artifact here.
+#[test]
+fn a_database_of_another_store_deletes_nothing_here() {
+    let up = Upstream::start();
+    let (mut ours, mut theirs) = (eager().start(), Service::new().start());
+    let (both, only_ours) = (Content::new(930, 5_000), Content::new(931, 5_000));
+    let url = stored(&ours, &up, "/both", &both);
+    stored(&ours, &up, "/ours", &only_ours);
+    ours.term();
+    stored(&theirs, &up, "/both", &both);
+    deleted(theirs.service(), &url);
+    theirs.term();
+    let wrong = theirs.service().database();
+    let service = ours.again().env("STORAGE__DATABASE", &wrong.display().to_string()).start();
+    service.wait_log("that it waits", |line| {
+        line["msg"].as_str().is_some_and(|msg| msg.contains("deleted files stay"))
+    });
+    assert!(service.blob(&both.sha256()).exists());
+    assert_eq!(service.metric(SWEPT), 0.0);
+}
+
 #[test]
 fn a_backup_holds_the_sweep_off() {
     let (up, service, content) = (Upstream::start(), eager().start(), Content::new(906, 5_000));
