@@ -5,6 +5,7 @@ use std::{error::Error, net::SocketAddr, path::Path, process::ExitCode, sync::Ar
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -25,8 +26,11 @@ const BLOCKING_THREADS: usize = 256;
 /// Connections that may wait to be accepted; the system has a limit of its own (net.core.somaxconn). With the usual 128 a
 /// burst of a few hundred makes whoever comes next wait a second or more, until its SYN is sent again.
 const BACKLOG: u32 = 4096;
-/// How long the ends of abandoned downloads may keep the process.
-const RUNTIME_GRACE: Duration = Duration::from_secs(2);
+/// How long the ends of abandoned downloads may keep the process; and a database that can't be closed.
+const RUNTIME_GRACE: Duration = Duration::from_secs(1);
+/// How long a disk that hangs may keep it, with the grace time and the above no longer than Docker's ten seconds. What
+/// was acknowledged is in the write-ahead log all the same.
+const CHECKPOINT_GRACE: Duration = Duration::from_secs(1);
 
 /// Serves until SIGTERM or SIGINT.
 pub(super) fn serve(args: &ConfigArgs) -> Outcome {
@@ -69,16 +73,29 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     tracing::info!(signal = signalled, "stopping");
     systemd::stopping();
     shutdown.cancel();
-    // First thing, because the grace time may be cut short from outside.
-    cache.checkpoint().await;
+    let ending = async {
+        // First thing, because the grace time may be cut short from outside.
+        let (ended, ()) = tokio::join!(serving, checkpoint(&cache));
+        checkpoint(&cache).await;
+        ended
+    };
     tokio::select! {
-        ended = serving => ended?,
+        ended = ending => ended?,
         _ = terminate.recv() => tracing::warn!("stopping at once"),
         _ = interrupt.recv() => tracing::warn!("stopping at once"),
     }
-    cache.checkpoint().await;
+    // Closing the database waits for what is being written: on a thread that the runtime needn't wait for.
+    tokio::task::spawn_blocking(move || drop(cache));
     tracing::info!("stopped");
     Ok(())
+}
+
+async fn checkpoint(cache: &Cache) {
+    if timeout(CHECKPOINT_GRACE, cache.checkpoint()).await.is_err() {
+        tracing::warn!(
+            "the database takes too long to write; its write-ahead log keeps what is not in it yet"
+        );
+    }
 }
 
 /// The sockets to serve: those that systemd hands over, and for what it does not, those of the configuration.

@@ -3,10 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use crate::harness::{Content, Reply, Running, Service, Upstream, eventually, skip};
+use crate::harness::{Content, Reply, Running, Service, Upstream, build_shim, eventually};
 
 fn add(up: &Upstream, service: &Running, seed: u64) -> (String, Content) {
     let content = Content::new(seed, 3_000);
@@ -347,29 +346,12 @@ int fsync(int fd) {
 }
 "#;
 
-/// Builds the shim; without a compiler the test called `name` is skipped.
-fn build_shim(dir: &Path, trigger: &Path, name: &str) -> Option<PathBuf> {
-    let (source, shim) = (dir.join("shim.c"), dir.join("shim.so"));
-    fs::write(&source, SHIM).unwrap();
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(&source).arg("-ldl");
-    cc.arg(format!("-DTRIGGER=\"{}\"", trigger.display()));
-    match cc.output() {
-        Ok(output) if output.status.success() => Some(shim),
-        Ok(output) => panic!("cc: {}", String::from_utf8_lossy(&output.stderr)),
-        Err(e) => {
-            skip(name, &format!("cc: {e}"));
-            None
-        }
-    }
-}
-
 #[test]
 fn a_log_that_can_not_be_synced_is_built_on_only_after_it_was_written_anew() {
     let dir = tempfile::tempdir().unwrap();
     let trigger = dir.path().join("fail");
     let name = "archive::a_log_that_can_not_be_synced_is_built_on_only_after_it_was_written_anew";
-    let Some(shim) = build_shim(dir.path(), &trigger, name) else { return };
+    let Some(shim) = build_shim(dir.path(), SHIM, &trigger, name) else { return };
     let up = Upstream::start();
     let mut service = Service::new().preload(&shim).start();
     let before = add(&up, &service, 5_700);

@@ -4,9 +4,10 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use crate::harness::{Content, End, Gate, Reply, Running, Service, Upstream, eventually, fetch_target, skip};
+use crate::harness::{
+    Content, End, Gate, Reply, Running, Service, Upstream, build_shim, eventually, fetch_target,
+};
 
 /// A way in which a stored file is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -492,21 +493,8 @@ impl IllDisk {
     /// `None` without a compiler: the test called `name` is skipped then.
     fn start(name: &str) -> Option<IllDisk> {
         let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        let (source, shim, trigger) = (at("shim.c"), at("shim.so"), at("fail"));
-        fs::write(&source, SHIM).unwrap();
-        let mut cc = Command::new("cc");
-        cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(&source).arg("-ldl");
-        cc.arg(format!("-DTRIGGER=\"{}\"", trigger.display()));
-        match cc.output() {
-            Ok(output) => {
-                assert!(output.status.success(), "cc: {}", String::from_utf8_lossy(&output.stderr))
-            }
-            Err(cause) => {
-                skip(&format!("rot::{name}"), &format!("cc: {cause}"));
-                return None;
-            }
-        }
+        let trigger = dir.path().join("fail");
+        let shim = build_shim(dir.path(), SHIM, &trigger, &format!("rot::{name}"))?;
         let service = Service::new().preload(&shim).start();
         Some(IllDisk { service, trigger, _dir: dir })
     }

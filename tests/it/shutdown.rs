@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::harness::{Content, End, Gate, Reply, Service, Upstream, eventually, fetch_target};
+use crate::harness::{Content, End, Gate, Reply, Service, Upstream, build_shim, eventually, fetch_target};
 
 #[test]
 fn sigterm_lets_a_running_body_end() {
@@ -168,4 +168,57 @@ fn a_reader_of_the_database_does_not_delay_the_end() {
     drop(reader);
     let counted = "SELECT count(*) FROM artifacts WHERE access_count = 1";
     assert_eq!(service.count_rows(counted), 2, "and all was written");
+}
+
+/// While the file `TRIGGER` is there, no sync of a database ends.
+const SHIM: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+int fsync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    while (strstr(path, "metadata.db") && !access(TRIGGER, F_OK))
+        usleep(20000);
+    return real(fd);
+}
+"#;
+
+#[test]
+fn a_disk_that_hangs_delays_neither_the_end_nor_a_second_sigterm() {
+    let name = "shutdown::a_disk_that_hangs_delays_neither_the_end_nor_a_second_sigterm";
+    for (grace, is_hurried) in [("1", false), ("600", true)] {
+        let dir = tempfile::tempdir().unwrap();
+        let trigger = dir.path().join("hang");
+        let Some(shim) = build_shim(dir.path(), SHIM, &trigger, name) else { return };
+        let mut service = Service::new().preload(&shim).env("SERVER__SHUTDOWN_GRACE_SECONDS", grace).start();
+        let up = Upstream::start();
+        let url = up.serve("/x", Reply::ok(&Content::of(b"x")));
+        service.fetch(&url).assert_ok(b"x");
+        std::fs::write(&trigger, "").unwrap();
+        // A hit, of which the count is to be written.
+        service.fetch(&url).assert_ok(b"x");
+        let never = up.on("/never", |x| x.hang());
+        let mut client = service.connect();
+        client.request("GET", &fetch_target(&never), &[]);
+        eventually("it runs", || (service.inflight() == 1.0).then_some(()));
+        service.signal_term();
+        if is_hurried {
+            service.wait_log("it has heard", |line| line["msg"] == "stopping");
+            service.signal_term();
+        }
+        // A sync that hangs is beyond the patience of `wait_exit`.
+        let (status, stderr) = service.wait_exit();
+        assert_eq!(status.code(), Some(0), "{stderr}");
+        std::fs::remove_file(&trigger).unwrap();
+        // Nothing that was acknowledged is lost.
+        let answer = service.again().start().fetch(&url);
+        assert_eq!(answer.assert_ok(b"x").cache_status(), "HIT");
+    }
 }
