@@ -1,8 +1,9 @@
 //! Keeps blob deletion and backups apart, across processes: `base_path/.sweep.lock`.
 //!
 //! A backup holds the lock shared from before its snapshot of the database until its last blob is copied: what the
-//! snapshot names must still be there. Whoever removes or replaces blobs takes it exclusively, and lets its turn pass
-//! when it can't have it. The lock goes with its process, so nothing is left to clean up.
+//! snapshot names must still be there. The sweep and a restore take it exclusively, and let it be when they can't have it.
+//! Whoever publishes a blob again, or moves a damaged one aside, does without: the one puts the same bytes in its place,
+//! and of the other there is nothing to copy. The lock goes with its process, so nothing is left to clean up.
 
 use std::{
     fs::{File, TryLockError},
