@@ -1,12 +1,12 @@
 # The image: the program, its configuration, the certificate authorities, and an empty /data. Nothing else is added to
 # the base, and nothing is run in it, so a base without a shell will do.
 #
-#   docker build .                                  a base without shell and package manager
-#   docker build --build-arg BASE=debian:bookworm-slim .
+#   docker build .
+#   docker build --build-arg BASE=IMAGE .           any other base, such as a "distroless" one with a C library: smaller still
 #
 # The base needs the C library of the builder's Debian, or a newer one.
-ARG BUILDER=docker.io/library/rust:1.95.0-bookworm
-ARG BASE=gcr.io/distroless/cc-debian12
+ARG BUILDER=rust:1.95.0-bookworm
+ARG BASE=debian:bookworm-slim
 
 FROM ${BUILDER} AS build
 WORKDIR /src

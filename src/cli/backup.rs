@@ -1,8 +1,8 @@
 //! `artifact-cache backup DIR`: a copy of the database and of every artifact it names, made while the service serves.
 //!
 //! The database first, in the state of one moment, then the files: a file is never younger than what names it. Nothing
-//! is deleted meanwhile (`SweepLock`). Whatever interrupts a backup, DIR holds the one before it, whole, or none at
-//! all: `metadata.db` is replaced when everything that the new one names is there and on disk.
+//! is deleted meanwhile (`SweepLock`). Whatever interrupts a backup, DIR holds the one before it, this one, or none at
+//! all, and never half of one: `metadata.db` is replaced when everything that the new one names is there and on disk.
 
 use std::{
     error::Error,
@@ -39,7 +39,8 @@ costs little the next time. Files are checked against their SHA-256 while they a
 The service may run, or not. What uses DIR is `artifact-cache restore DIR`.
 
 Exit codes: 0 complete; 3 complete but for artifacts that the store itself has lost, or has damaged (they are named);
-1 failed, and DIR holds what it held before; 2 wrong command line.
+1 failed, and DIR holds the backup that it held before, or the new one, whole, when only manifest.json or --prune failed;
+2 wrong command line.
 
 Examples:
   artifact-cache backup /mnt/backup/artifact-cache

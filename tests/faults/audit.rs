@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use crate::harness::{End, Running, content, fetch_target};
+use crate::harness::{End, PATIENCE, Running, Service, content, fetch_target};
 use crate::workload::{Acknowledged, content as item};
 
 /// Acknowledged items that are also fetched again, the newest ones.
@@ -21,9 +21,16 @@ pub struct Audit {
 impl Audit {
     /// Audits a service that has just been started again and has nothing to do.
     pub fn of(service: &Running, acknowledged: &Acknowledged) -> Audit {
+        let mut audit = Audit::of_files(service.service(), acknowledged);
+        audit.fetch_again(service, acknowledged);
+        audit
+    }
+
+    /// Audits what a service has, without asking it for anything; it may be stopped.
+    pub fn of_files(service: &Service, acknowledged: &Acknowledged) -> Audit {
         let mut audit = Audit::default();
-        let files = audit.read_files(&service.service().base_path());
-        let rows = audit.read_rows(service, &files);
+        let files = audit.read_files(&service.base_path());
+        let rows = audit.read_rows(&service.database(), &files);
         audit.orphans = files.keys().filter(|digest| !rows.blobs.contains(*digest)).count();
         for (url, n) in &acknowledged.all() {
             let digest = item(*n).sha256();
@@ -35,7 +42,6 @@ impl Audit {
                 Some(_) => {}
             }
         }
-        audit.fetch_again(service, acknowledged);
         audit
     }
 
@@ -70,8 +76,10 @@ impl Audit {
         found
     }
 
-    fn read_rows(&mut self, service: &Running, files: &BTreeMap<String, u64>) -> Rows {
-        let rows = Rows::read(&service.sqlite());
+    fn read_rows(&mut self, database: &Path, files: &BTreeMap<String, u64>) -> Rows {
+        let db = rusqlite::Connection::open(database).unwrap();
+        db.busy_timeout(PATIENCE).unwrap();
+        let rows = Rows::read(&db);
         for (table, digest, size) in &rows.promised {
             match files.get(digest) {
                 None => self.broken(format!("{table} has a row without its bytes: {digest}")),

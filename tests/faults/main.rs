@@ -18,6 +18,7 @@ mod load;
 mod memory;
 mod power;
 mod shim;
+mod upkeep;
 mod workload;
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};

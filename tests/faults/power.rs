@@ -9,11 +9,11 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::audit::Audit;
-use crate::harness::{Running, Service, skip};
+use crate::harness::{Content, Reply, Running, Service, Upstream, eventually, fetch_target, skip};
 use crate::shim::{Action, Call, Shim, Which};
 use crate::workload::{Acknowledged, CLIENTS, Load, upstream};
 use crate::{beside_others, report, rounds};
@@ -23,6 +23,8 @@ const SHUTDOWN: libc::c_ulong = 0x8004_587d;
 const NOLOGFLUSH: u32 = 2;
 /// Cuts on one file system before it is made anew, so that it doesn't fill up.
 const CUTS_A_DISK: u64 = 10;
+/// Cuts while one large file is fetched.
+const CUTS_A_DOWNLOAD: usize = 3;
 
 /// A file system in an image file, mounted on a loop device.
 struct Disk {
@@ -180,6 +182,68 @@ fn nothing_acknowledged_is_lost_by_power_cuts_on_ext4() {
 #[test]
 fn nothing_acknowledged_is_lost_by_power_cuts_on_xfs() {
     cuts("xfs", "power::nothing_acknowledged_is_lost_by_power_cuts_on_xfs");
+}
+
+/// Cuts in the middle of one download, which goes on from a checkpoint, or begins anew; says how many did the former.
+fn cut_download(disk: &Disk, kind: &str) -> usize {
+    const SIZE: u64 = 48 << 20;
+    const PIECE: u64 = 1 << 20;
+    let (up, content) = (Upstream::start(), Content::new(700, SIZE));
+    let reply = Reply::ok(&content).field("ETag", "\"one\"");
+    let (url, sent) = up.serve_in_pieces("/large", reply.clone(), PIECE);
+    let service = disk.service().env("STORAGE__CHECKPOINT_BYTES", "1MiB");
+    let mut service = service.env("FETCH__STREAM_AFTER_SECONDS", "600").start();
+    let mut went_on = 0;
+    for cut in 0..CUTS_A_DOWNLOAD {
+        let (before, asked) = (sent.load(Ordering::SeqCst), up.count("/large"));
+        let mut client = service.connect();
+        client.request("GET", &fetch_target(&url), &[]);
+        // Some checkpoints later, at no step in particular.
+        let wanted = before + 2 * PIECE + fastrand::u64(0..PIECE);
+        eventually("the download comes on", || (sent.load(Ordering::SeqCst) >= wanted).then_some(()));
+        std::thread::sleep(Duration::from_millis(fastrand::u64(0..30)));
+        disk.cut();
+        service.kill();
+        assert!(client.try_head().is_err(), "{kind}: nobody was told that it is whole");
+        disk.revive();
+        service = service.again().start();
+        went_on += usize::from(cut > 0 && up.requests("/large")[asked].get("Range").is_some());
+        let (rows, blobs) = (service.count_rows("SELECT count(*) FROM artifacts"), service.blobs_on_disk());
+        assert_eq!((rows, blobs), (0, 0), "{kind}: cut {cut}: nothing of a part is visible");
+    }
+    // The line is well again, which saves time.
+    let asked = up.count("/large");
+    up.serve("/large", reply);
+    let answer = service.fetch(&url);
+    assert_eq!(answer.assert_ok(&content.bytes()).cache_status(), "MISS");
+    assert_eq!(answer.header("X-Content-SHA256"), content.sha256());
+    went_on += usize::from(up.requests("/large")[asked].get("Range").is_some());
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    Audit::of(&service, &Acknowledged::default()).assert_clean(kind, 0);
+    went_on
+}
+
+fn cuts_in_a_download(kind: &str, name: &str) {
+    let _turn = beside_others();
+    let disk = match Disk::make(kind) {
+        Ok(disk) => disk,
+        Err(why) => return skip(name, &why),
+    };
+    let went_on = cut_download(&disk, kind);
+    assert!(went_on > 0, "{kind}: no checkpoint has survived any cut");
+    report(format_args!(
+        "{kind}: {CUTS_A_DOWNLOAD} power cuts in one download: it went on from a checkpoint {went_on} times, and was right"
+    ));
+}
+
+#[test]
+fn a_download_gets_through_power_cuts_on_ext4() {
+    cuts_in_a_download("ext4", "power::a_download_gets_through_power_cuts_on_ext4");
+}
+
+#[test]
+fn a_download_gets_through_power_cuts_on_xfs() {
+    cuts_in_a_download("xfs", "power::a_download_gets_through_power_cuts_on_xfs");
 }
 
 /// Proves that these cuts can lose something, and that the audit sees it: with a sync that does nothing they do.

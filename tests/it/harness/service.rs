@@ -204,11 +204,13 @@ impl Log {
     fn follow(&self, pipe: impl Read + Send + 'static) -> JoinHandle<()> {
         let log = self.clone();
         std::thread::spawn(move || {
-            for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+            let (mut pipe, mut line) = (BufReader::new(pipe), Vec::new());
+            // A line without an end is that of a process that was killed while it wrote it.
+            while pipe.read_until(b'\n', &mut line).is_ok() && line.pop() == Some(b'\n') {
                 while log.1.load(Ordering::SeqCst) {
                     std::thread::sleep(Duration::from_millis(10));
                 }
-                let text = String::from_utf8_lossy(&line).into_owned();
+                let text = String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned();
                 let value = serde_json::from_str(&text).unwrap_or(Value::String(text));
                 log.lock().push(value);
                 log.0.1.notify_all();
