@@ -94,7 +94,6 @@ impl Tree {
             Ok(Held::Whole(file)) => file,
             Ok(Held::Missing) => return Ok(Taken::Missing),
             Ok(Held::Damaged(problem)) => return Ok(Taken::Damaged(problem)),
-            Err(cause) if is_bad_sector(&cause) => return Ok(Taken::Damaged(unreadable(&cause))),
             Err(cause) => return Err(at(&place(&from.base, digest))(cause)),
         };
         let unfinished = self.base.join(SPOOL_DIR).join(UNFINISHED);
@@ -225,11 +224,6 @@ fn hash(mut file: File) -> io::Result<Digest> {
             Err(cause) => return Err(cause),
         }
     }
-}
-
-/// The disk itself has lost it; anything else (too many open files, a missing right) says nothing of the blob.
-fn is_bad_sector(cause: &io::Error) -> bool {
-    cause.raw_os_error() == Some(libc::EIO)
 }
 
 fn unreadable(cause: &io::Error) -> String {
