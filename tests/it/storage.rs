@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Content, Reply, Running, Service, Upstream, WRONG_SHA, eventually};
+use crate::harness::{Content, Reply, Running, Service, Upstream, WRONG_SHA, build_shim, eventually};
 
 /// A service with one artifact, whose upstream would serve the same again.
 fn stored(up: &Upstream, content: &Content) -> (Running, String) {
@@ -398,4 +398,42 @@ fn the_log_is_emptied_once_its_last_reader_is_gone() {
     assert!(length() > 0, "the reader needs it");
     drop(reader);
     eventually("it is empty, without another write", || (length() == 0).then_some(()));
+}
+
+/// Writes what is synced into the file `TRIGGER`, a path a line.
+const SHIM: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <unistd.h>
+
+int fsync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    FILE *log = fopen(TRIGGER, "a");
+    if (log) {
+        fprintf(log, "%.*s\n", (int)(length < 0 ? 0 : length), path);
+        fclose(log);
+    }
+    return real(fd);
+}
+"#;
+
+#[test]
+fn what_is_set_aside_survives_a_power_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("synced");
+    let name = "storage::what_is_set_aside_survives_a_power_cut";
+    let Some(shim) = build_shim(dir.path(), SHIM, &log, name) else { return };
+    let (up, service) = (Upstream::start(), Service::new().preload(&shim).start());
+    let content = Content::new(21_900, 5_000);
+    let url = up.serve("/x", Reply::ok(&content));
+    service.fetch(&url).assert_ok(&content.bytes());
+    std::fs::write(service.blob(&content.sha256()), "damaged").unwrap();
+    std::fs::write(&log, "").unwrap();
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
+    let synced = std::fs::read_to_string(&log).unwrap();
+    assert!(synced.lines().any(|path| path.ends_with("/.quarantine")), "{synced}");
 }
