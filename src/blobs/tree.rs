@@ -2,7 +2,8 @@
 //!
 //! - Nothing damaged is ever copied: a copy is hashed while it is made, and only kept if it is what its name says.
 //! - A blob has its name in a tree only when its bytes are on disk there; the names are, after [`Tree::sync`].
-//! - A blob that is there with the right size is left alone, so going on after an interruption costs little.
+//! - A blob that is there with the right size is left alone, so going on after an interruption costs little. If it is
+//!   to be verified and isn't good, it goes only when a good one takes its place.
 
 use std::{
     collections::BTreeSet,
@@ -56,18 +57,39 @@ impl Tree {
         Tree { base: base.to_owned(), unsynced: BTreeSet::new() }
     }
 
-    /// Makes sure that this tree has a blob, taking it over from another tree if it hasn't.
+    /// Makes sure that this tree has a blob, taking it over from another tree if it hasn't. To `verify` is to hash what is
+    /// there already, and to read back what is new.
     ///
     /// # Errors
     /// When this tree can't be written, or the source can't be opened for a reason that is not the blob's own; with
     /// the path. That the disk can't read it is an answer.
-    pub fn take(&mut self, from: &Tree, digest: Digest, size: u64, way: Way) -> io::Result<Taken> {
+    pub fn take(
+        &mut self,
+        from: &Tree,
+        digest: Digest,
+        size: u64,
+        way: Way,
+        verify: bool,
+    ) -> io::Result<Taken> {
         let to = place(&self.base, digest);
         // Also for what is there: an earlier run may have died between the name and its sync.
         self.unsynced.extend(to.ancestors().skip(1).take(3).map(Path::to_owned));
-        if matches!(held(&to, size).map_err(at(&to))?, Held::Whole(_)) {
-            return Ok(Taken::There);
-        }
+        let is_there = matches!(held(&to, size).map_err(at(&to))?, Held::Whole(_));
+        let doubt = if is_there && verify { self.problem(digest, size) } else { None };
+        let Some(doubt) = doubt else {
+            return if is_there { Ok(Taken::There) } else { self.replace(from, digest, size, way, verify) };
+        };
+        // It may be the last copy, and only its disk at fault: it stays unless there is a better one.
+        Ok(match self.replace(from, digest, size, way, verify)? {
+            Taken::Missing => Taken::Damaged(format!("{doubt}, and its source is missing")),
+            Taken::Damaged(problem) => Taken::Damaged(format!("{doubt}, and its source {problem}")),
+            taken => taken,
+        })
+    }
+
+    /// Takes a blob over, in place of whatever is there. That stays if there is no good one to replace it.
+    fn replace(&self, from: &Tree, digest: Digest, size: u64, way: Way, verify: bool) -> io::Result<Taken> {
+        let to = place(&self.base, digest);
         let source = match held(&place(&from.base, digest), size) {
             Ok(Held::Whole(file)) => file,
             Ok(Held::Missing) => return Ok(Taken::Missing),
@@ -87,12 +109,13 @@ impl Tree {
                 None
             }
         };
-        if let Some(problem) = problem {
-            remove_if_there(&unfinished).map_err(at(&unfinished))?;
-            return Ok(Taken::Damaged(problem));
+        let problem = problem.or_else(|| if verify { problem_at(&unfinished, digest, size) } else { None });
+        if problem.is_none() {
+            fs::rename(&unfinished, &to).map_err(at(&to))?;
         }
-        fs::rename(&unfinished, &to).map_err(at(&to))?;
-        Ok(Taken::New)
+        // Nor does renaming do anything between two names of one file.
+        remove_if_there(&unfinished).map_err(at(&unfinished))?;
+        Ok(problem.map_or(Taken::New, Taken::Damaged))
     }
 
     /// Puts everything taken over on disk, names too.
@@ -112,27 +135,12 @@ impl Tree {
 
     /// Hashes a blob: `None` if it is what its name says, else what is wrong with it.
     pub fn problem(&self, digest: Digest, size: u64) -> Option<String> {
-        match held(&place(&self.base, digest), size) {
-            Ok(Held::Whole(file)) => match hash(file) {
-                Ok(found) if found == digest => None,
-                Ok(found) => Some(format!("has the SHA-256 {found}")),
-                Err(cause) => Some(unreadable(&cause)),
-            },
-            Ok(Held::Missing) => Some("is missing".to_owned()),
-            Ok(Held::Damaged(problem)) => Some(problem),
-            Err(cause) => Some(unreadable(&cause)),
-        }
+        problem_at(&place(&self.base, digest), digest, size)
     }
 
     /// Whether a blob is there with the right size.
     pub fn holds(&self, digest: Digest, size: u64) -> bool {
         matches!(held(&place(&self.base, digest), size), Ok(Held::Whole(_)))
-    }
-
-    /// Removes a copy that turned out bad.
-    pub fn discard(&self, digest: Digest) -> io::Result<()> {
-        let path = place(&self.base, digest);
-        remove_if_there(&path).map_err(at(&path))
     }
 
     /// Removes the blobs that `unwanted` names, and nothing else; says how many.
@@ -184,6 +192,25 @@ fn copy(mut source: File, to: &Path, digest: Digest) -> io::Result<Option<String
     // The copy is not read again soon; and when it is verified, it should come from the disk.
     let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
     Ok(None)
+}
+
+/// Why the file at `path` is not the blob of this digest, if it isn't. Looked at twice, because a single look may be all
+/// that is wrong: too many open files, or a bit that was lost on its way from the disk.
+fn problem_at(path: &Path, digest: Digest, size: u64) -> Option<String> {
+    problem_now(path, digest, size).and_then(|_| problem_now(path, digest, size))
+}
+
+fn problem_now(path: &Path, digest: Digest, size: u64) -> Option<String> {
+    match held(path, size) {
+        Ok(Held::Whole(file)) => match hash(file) {
+            Ok(found) if found == digest => None,
+            Ok(found) => Some(format!("has the SHA-256 {found}")),
+            Err(cause) => Some(unreadable(&cause)),
+        },
+        Ok(Held::Missing) => Some("is missing".to_owned()),
+        Ok(Held::Damaged(problem)) => Some(problem),
+        Err(cause) => Some(unreadable(&cause)),
+    }
 }
 
 fn hash(mut file: File) -> io::Result<Digest> {
@@ -250,7 +277,10 @@ mod tests {
             let (_source, from, digest) = tree_with(content);
             let dir = tempfile::tempdir().unwrap();
             let mut to = Tree::new(dir.path());
-            assert!(matches!(to.take(&from, digest, 3, way).unwrap(), Taken::Damaged(_)), "{content:?}");
+            assert!(
+                matches!(to.take(&from, digest, 3, way, false).unwrap(), Taken::Damaged(_)),
+                "{content:?}"
+            );
             assert!(!to.holds(digest, 3) && to.problem(digest, 3).is_some());
             to.sync().unwrap();
         }
@@ -261,12 +291,30 @@ mod tests {
         let (_source, from, digest) = tree_with(b"abc");
         let (_target, mut to, _) = tree_with(b"abcdef");
         for way in [Way::Copy, Way::Link] {
-            assert_eq!(to.take(&from, digest, 3, way).unwrap(), Taken::New);
-            assert_eq!(to.take(&from, digest, 3, way).unwrap(), Taken::There);
+            assert_eq!(to.take(&from, digest, 3, way, false).unwrap(), Taken::New);
+            assert_eq!(to.take(&from, digest, 3, way, false).unwrap(), Taken::There);
             assert_eq!(to.problem(digest, 3), None);
             to.sync().unwrap();
             assert_eq!(to.remove(|found| Ok(found == digest)).unwrap(), 1);
         }
         assert_eq!(from.problem(digest, 3), None, "the source is untouched");
+    }
+
+    #[test]
+    fn what_is_in_doubt_stays_until_a_good_one_takes_its_place() {
+        let (doubtful, mut to, digest) = tree_with(b"abX");
+        let nothing = tempfile::tempdir().unwrap();
+        let (_bad, bad, _) = tree_with(b"abY");
+        for from in [Tree::new(nothing.path()), bad] {
+            for way in [Way::Copy, Way::Link] {
+                let taken = to.take(&from, digest, 3, way, true).unwrap();
+                assert!(matches!(taken, Taken::Damaged(_)), "{taken:?}");
+                assert_eq!(fs::read(place(doubtful.path(), digest)).unwrap(), b"abX", "{way:?}");
+            }
+        }
+        let (_good, good, _) = tree_with(b"abc");
+        assert_eq!(to.take(&good, digest, 3, Way::Link, true).unwrap(), Taken::New);
+        assert_eq!(to.take(&good, digest, 3, Way::Link, true).unwrap(), Taken::There);
+        assert!(!doubtful.path().join(SPOOL_DIR).join(UNFINISHED).exists());
     }
 }

@@ -70,8 +70,8 @@ pub struct RecordedBlob {
     pub digest: Digest,
     /// Its size in bytes.
     pub size: u64,
-    /// Whether the store had it, as far as that was known.
-    pub is_present: bool,
+    /// Some artifact has it now. What only older versions had may be lost for good, and nobody asks for it.
+    pub is_named: bool,
 }
 
 /// A database file that nobody else uses.
@@ -157,8 +157,8 @@ impl Detached {
         sqlite::totals(&self.db).map(|totals| totals.items).map_err(|cause| self.refused(cause))
     }
 
-    /// Adapts it to what the store really has: `lost` are blobs that are nowhere; and what the store has although it
-    /// was deleted (`has_file` says so) is not deleted later, because it may have been published again since.
+    /// Adapts it to what the store really has: `lost` are blobs that are nowhere. What the store has (`has_file` says
+    /// so) is not missing any more; nor, if it was deleted, deleted later, because it may have been published again since.
     pub fn adapt(
         &mut self,
         lost: &[Digest],
@@ -175,21 +175,25 @@ impl Detached {
 
     /// Makes it the live database, and returns where what was there is kept, if anything was. The caller has the lock.
     ///
-    /// A log of the old database that stayed would be replayed over the new one, so it is moved with it.
+    /// A log of the old database that stayed would be replayed over the new one, so it is moved with it. Without one, as
+    /// after every clean stop, there is a whole database at every moment.
     pub fn install(self, database: &Path, now: &str) -> Result<Option<PathBuf>, CopyError> {
         let Detached { path, db } = self;
         db.close().map_err(|(_, cause)| CopyError::Sqlite { path: path.clone(), cause })?;
         File::open(&path).and_then(|file| file.sync_all()).map_err(io_at(&path))?;
-        let aside = unused_name(database, now);
-        // The database goes first: if we die before its log has followed, the log is alone, and nothing uses it.
+        let (aside, log) = (unused_name(database, now), beside(database, "-wal"));
         let mut kept = None;
         for suffix in ["", "-wal"] {
-            match fs::rename(beside(database, suffix), beside(&aside, suffix)) {
-                Ok(()) => kept = Some(aside.clone()),
-                Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
-                Err(cause) => return Err(io_at(database)(cause)),
+            if keep(&beside(database, suffix), &beside(&aside, suffix))? {
+                kept = Some(aside.clone());
             }
             kill_point::pass("restore.set_aside");
+        }
+        if log.exists() {
+            sync_parent(database)?;
+            // The database goes first: either is of use only with the other, and nothing uses a log alone.
+            remove_if_there(database)?;
+            remove_if_there(&log)?;
         }
         remove_if_there(&beside(database, "-shm"))?;
         fs::rename(&path, database).map_err(io_at(database))?;
@@ -243,6 +247,15 @@ fn beside(database: &Path, suffix: &str) -> PathBuf {
     let mut name = database.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// Gives a file a second name, and if the file system has no such thing, another name. Says whether there is one.
+fn keep(from: &Path, to: &Path) -> Result<bool, CopyError> {
+    match fs::hard_link(from, to).or_else(|_| fs::rename(from, to)) {
+        Ok(()) => Ok(true),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(cause) => Err(io_at(from)(cause)),
+    }
 }
 
 /// Where the database that is replaced goes: its name, and when.

@@ -200,12 +200,14 @@ impl Inspection {
         sqlite::knows_blob(&self.0, digest).map_err(|cause| read_failed(&cause))
     }
 
-    /// Notes that these blobs were read and found whole, those that were known to be missing among them.
+    /// Notes that these blobs were read and found whole. What has been found missing since stays so.
     pub fn note_whole(&mut self, blobs: &[Digest]) -> Result<(), Error> {
-        [Finding::Whole, Finding::Found]
-            .into_iter()
-            .try_for_each(|finding| note(&mut self.0, blobs, finding).map(drop))
-            .map_err(|cause| write_failed(&cause))
+        note(&mut self.0, blobs, Finding::Whole).map(drop).map_err(|cause| write_failed(&cause))
+    }
+
+    /// Notes that a blob that was known to be missing was just found whole.
+    pub fn note_found(&mut self, blob: Digest) -> Result<(), Error> {
+        note(&mut self.0, &[blob], Finding::Found).map(drop).map_err(|cause| write_failed(&cause))
     }
 
     /// Asks the running service to look at these blobs itself, and to mend what it finds.

@@ -197,13 +197,13 @@ pub(super) fn for_each_blob(
     mut each: impl FnMut(RecordedBlob) -> bool,
 ) -> rusqlite::Result<()> {
     let mut statement = db.prepare(
-        "SELECT content_hash, file_size, state FROM blobs WHERE state <> 'deleted' ORDER BY content_hash",
+        "SELECT content_hash, file_size, EXISTS (SELECT 1 FROM artifacts AS a WHERE a.content_hash = b.content_hash)
+         FROM blobs AS b WHERE state <> 'deleted' ORDER BY content_hash",
     )?;
     let mut rows = statement.query([])?;
     while let Some(row) = rows.next()? {
-        let is_present = row.get_ref(2)?.as_str()? == "present";
         let size = row.get::<_, i64>(1)?.max(0) as u64;
-        if !each(RecordedBlob { digest: digest(row, 0)?, size, is_present }) {
+        if !each(RecordedBlob { digest: digest(row, 0)?, size, is_named: row.get(2)? }) {
             break;
         }
     }
@@ -216,7 +216,7 @@ pub(super) fn names_blob(db: &Connection, digest: Digest) -> rusqlite::Result<bo
 }
 
 /// See [`super::Detached::adapt`]. What was deleted and has a file all the same becomes unknown: counted, and adopted
-/// when it is published again.
+/// when it is published again. What was missing and has one is there again, and the first that the scrub looks at.
 pub(super) fn adapt(
     db: &mut Connection,
     lost: &[Digest],
@@ -224,12 +224,18 @@ pub(super) fn adapt(
 ) -> rusqlite::Result<()> {
     let tx = db.transaction()?;
     lost.iter().try_for_each(|digest| mark_lost(&tx, *digest))?;
-    let deleted: Vec<(Digest, u64)> = tx
-        .prepare("SELECT content_hash, file_size FROM blobs WHERE state = 'deleted'")?
-        .query_map([], |row| Ok((digest(row, 0)?, row.get::<_, i64>(1)?.max(0) as u64)))?
-        .collect::<Result<_, _>>()?;
-    for (digest, _) in deleted.into_iter().filter(|(digest, size)| has_file(*digest, *size)) {
-        tx.execute("DELETE FROM blobs WHERE content_hash = ?1", [hash_text(digest)])?;
+    let cures = [
+        ("deleted", "DELETE FROM blobs WHERE content_hash = ?1"),
+        ("missing", "UPDATE blobs SET state = 'present', verified_at = NULL WHERE content_hash = ?1"),
+    ];
+    for (state, cure) in cures {
+        let blobs: Vec<(Digest, u64)> = tx
+            .prepare("SELECT content_hash, file_size FROM blobs WHERE state = ?1")?
+            .query_map([state], |row| Ok((digest(row, 0)?, row.get::<_, i64>(1)?.max(0) as u64)))?
+            .collect::<Result<_, _>>()?;
+        for (digest, _) in blobs.into_iter().filter(|(digest, size)| has_file(*digest, *size)) {
+            tx.execute(cure, [hash_text(digest)])?;
+        }
     }
     tx.commit()
 }

@@ -83,10 +83,10 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Counts one blob; one that the database itself knows to be missing is not lacking.
+    /// Counts one blob; one that is missing and that no artifact has is not lacking.
     pub(super) fn count(&mut self, blob: RecordedBlob, taken: Taken) {
         let problem = match taken {
-            Taken::Missing if !blob.is_present => return,
+            Taken::Missing if !blob.is_named => return,
             Taken::Missing => "is missing".to_owned(),
             Taken::Damaged(problem) => problem,
             Taken::New | Taken::There => {
@@ -154,37 +154,12 @@ fn copy_blobs(
     let way = if args.hard_link { Way::Link } else { Way::Copy };
     let mut tally = Tally::default();
     snapshot.for_each_blob(|blob| -> Result<(), Box<dyn Error>> {
-        let taken = take(copies, store, blob, way, args.verify)?;
+        let taken = copies.take(store, blob.digest, blob.size, way, args.verify)?;
         tally.count(blob, taken);
         kill_point::pass("backup.blob");
         Ok(())
     })?;
     Ok(tally)
-}
-
-/// Takes a blob over; if it is to be verified and is not good, once more.
-pub(super) fn take(
-    copies: &mut Tree,
-    store: &Tree,
-    blob: RecordedBlob,
-    way: Way,
-    verify: bool,
-) -> io::Result<Taken> {
-    let RecordedBlob { digest, size, .. } = blob;
-    let taken = copies.take(store, digest, size, way)?;
-    if !verify || matches!(taken, Taken::Missing | Taken::Damaged(_)) {
-        return Ok(taken);
-    }
-    let Some(problem) = copies.problem(digest, size) else { return Ok(taken) };
-    copies.discard(digest)?;
-    match copies.take(store, digest, size, way)? {
-        Taken::New if copies.problem(digest, size).is_none() => Ok(Taken::New),
-        Taken::New | Taken::There => {
-            copies.discard(digest)?;
-            Ok(Taken::Damaged(problem))
-        }
-        neither => Ok(neither),
-    }
 }
 
 fn prune(copies: &Tree, snapshot: &Detached) -> io::Result<u64> {

@@ -14,7 +14,7 @@ use clap::Args;
 
 use super::{
     Outcome,
-    backup::{CACHE, DATABASE, Tally, at, refuse_own_data, say, take},
+    backup::{CACHE, DATABASE, Tally, at, refuse_own_data, say},
 };
 use crate::{
     blobs::{Blobs, SweepLock, Taken, Tree, Way},
@@ -149,7 +149,7 @@ fn fill_in(
         }
         let taken = match (backup, problem) {
             (_, None) if is_there => Taken::There,
-            (Some(backup), _) => take(&mut store, backup, blob, Way::Copy, verify)?,
+            (Some(backup), _) => store.take(backup, digest, size, Way::Copy, verify)?,
             (None, Some(problem)) => Taken::Damaged(problem),
             (None, None) => Taken::Missing,
         };

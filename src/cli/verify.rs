@@ -47,6 +47,8 @@ const DAMAGED: u8 = 3;
 const HANDED_OVER: u8 = 4;
 /// Whole files noted at a time.
 const NOTE_BATCH: usize = 256;
+/// More than so many files lost, and none whole, are no rot, but a disk that is not mounted.
+const SUSPICIOUS: usize = 32;
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
@@ -164,17 +166,30 @@ struct Report {
 /// Looks, mends if asked to, and tells.
 pub(super) fn verify(args: &VerifyArgs, config: &ConfigArgs) -> Outcome {
     let (config, _) = config.load()?;
-    // First, so that no service can start while this process mends.
-    let mender = args.repair.then(|| Mender::new(&config)).transpose()?;
+    let base = &config.storage.base_path;
+    // What opens for mending also makes what is not there, and migrates what is old.
     let mut inspection = Inspection::open(&config.storage.database)?;
-    let mut report = look(args, &config.storage.base_path, &mut inspection)?;
-    if let Some(mender) = mender {
-        mender.mend(&mut report.damaged, &mut inspection)?;
+    if !base.is_dir() {
+        return Err(not_mounted(base, "is no directory").into());
     }
+    // Before the look, so that no service can start while this process mends.
+    let mender = args.repair.then(|| Mender::new(&config)).transpose()?;
+    let mut report = look(args, base, &mut inspection)?;
+    let mended = match mender {
+        Some(_) if report.whole == 0 && report.damaged.len() > SUSPICIOUS => {
+            Err(not_mounted(base, "has none of the files, so nothing is mended").into())
+        }
+        Some(mender) => mender.mend(&mut report.damaged, &mut inspection).map_err(Into::into),
+        None => Ok(()),
+    };
     let text = if args.json { format!("{}\n", report.to_json()) } else { report.to_text() };
     // A reader who has left has seen enough; the exit code tells the rest.
     let _ = std::io::stdout().write_all(text.as_bytes());
-    Ok(report.exit_code())
+    mended.map(|()| report.exit_code())
+}
+
+fn not_mounted(base: &Path, what: &str) -> String {
+    format!("storage.base_path {} {what}; mount its disk, or correct the path", base.display())
 }
 
 fn look(args: &VerifyArgs, base: &Path, inspection: &mut Inspection) -> Result<Report, Error> {
@@ -196,7 +211,11 @@ fn look(args: &VerifyArgs, base: &Path, inspection: &mut Inspection) -> Result<R
         match problem(base, *blob, inspection, &mut report.read_bytes, &progress)? {
             None => {
                 report.whole += 1;
-                whole.push(blob.digest);
+                match blob.is_missing {
+                    // At once: it would undo what a running service finds later.
+                    true => warn_unnoted(inspection.note_found(blob.digest)),
+                    false => whole.push(blob.digest),
+                }
             }
             Some(loss) => {
                 let urls = inspection.urls(blob.digest)?;
@@ -281,10 +300,14 @@ fn problem(
 
 /// Remembers what was found whole; if it can't be, the scrub only reads it once more.
 fn note(inspection: &mut Inspection, whole: &mut Vec<Digest>) {
-    if let Err(error) = inspection.note_whole(whole) {
+    warn_unnoted(inspection.note_whole(whole));
+    whole.clear();
+}
+
+fn warn_unnoted(noted: Result<(), Error>) {
+    if let Err(error) = noted {
         super::say(format_args!("warning: what was verified can't be noted: {error}"));
     }
-    whole.clear();
 }
 
 fn count_orphans(base: &Path, inspection: &Inspection) -> Result<usize, Error> {
@@ -326,9 +349,17 @@ impl Mender {
             }
             Mender::Own(runtime, cache) => {
                 for damage in damaged {
-                    damage.fate = match runtime.block_on(cache.scrub(damage.blob, |_| true))? {
-                        Scrubbed::Whole | Scrubbed::Healed => Fate::Healed,
-                        Scrubbed::Lost | Scrubbed::Changed | Scrubbed::Stopped => Fate::NotHealed,
+                    damage.fate = match runtime.block_on(cache.scrub(damage.blob, |_| true)) {
+                        Ok(Scrubbed::Whole | Scrubbed::Healed) => Fate::Healed,
+                        Ok(Scrubbed::Lost | Scrubbed::Changed | Scrubbed::Stopped) => Fate::NotHealed,
+                        // What keeps one from being mended need not keep the others.
+                        Err(error) => {
+                            super::say(format_args!(
+                                "warning: {} is not mended: {error}",
+                                damage.blob.digest
+                            ));
+                            Fate::Left
+                        }
                     };
                 }
                 runtime.block_on(cache.checkpoint());

@@ -157,7 +157,7 @@ fn the_next_backup_copies_only_what_is_new_and_prunes_on_request() {
 }
 
 #[test]
-fn hard_links_share_the_file_and_a_verified_one_shares_no_damage() {
+fn hard_links_share_the_file_and_verifying_names_its_damage() {
     let (shelf, service) = stocked();
     let (dir, name) = backup_dir(&service);
     let said = run_ok(service.service(), &["backup", "--hard-link", "--verify", &name]);
@@ -168,7 +168,28 @@ fn hard_links_share_the_file_and_a_verified_one_shares_no_damage() {
     fs::write(&blob, Content::new(9, content.len()).bytes()).unwrap();
     let said = run_failing(service.service(), &["backup", "--hard-link", "--verify", &name], 3);
     assert!(said.contains(&content.sha256()), "it is named: {said}");
-    assert!(!copy_of(&dir, content).exists());
+    assert!(copy_of(&dir, content).is_file(), "it is not the backup's to remove");
+}
+
+/// Whatever keeps a copy from being read says nothing of the copy. The store knows that it has lost its own, so that
+/// this one is the last.
+#[test]
+fn verifying_never_removes_the_last_copy() {
+    let (shelf, service) = stocked();
+    let (dir, name) = backup_dir(&service);
+    run_ok(service.service(), &["backup", &name]);
+    let (_, content) = &shelf.kept[2];
+    fs::remove_file(service.blob(&content.sha256())).unwrap();
+    let copy = copy_of(&dir, content);
+    let bytes = Content::new(9, content.len()).bytes();
+    fs::write(&copy, &bytes).unwrap();
+    service
+        .sqlite()
+        .execute("UPDATE blobs SET state = 'missing' WHERE content_hash = ?1", [content.sha256()])
+        .unwrap();
+    let said = run_failing(service.service(), &["backup", "--verify", &name], 3);
+    assert!(said.contains(&content.sha256()) && said.contains("its source is missing"), "{said}");
+    assert!(fs::read(&copy).unwrap() == bytes, "it stays for its owner to judge");
 }
 
 #[test]
@@ -339,6 +360,25 @@ fn an_interrupted_restore_is_run_again() {
 }
 
 #[test]
+fn an_interrupted_restore_leaves_a_database() {
+    let (mut shelf, mut service) = stocked();
+    let (_, name) = backup_dir(&service);
+    run_ok(service.service(), &["backup", &name]);
+    shelf.add(&service, 1_030, 5_000);
+    service.term();
+    for point in ["restore.copied", "restore.set_aside", "restore.set_aside:2"] {
+        let mut restore = service.service().command(&["restore", &name]);
+        let status = restore.env("ARTIFACT_CACHE_KILL_POINT", point).stdout(Stdio::null()).status().unwrap();
+        assert_eq!(status.code(), None, "killed at {point}");
+        service = service.again().start();
+        shelf.assert_held(&service);
+        service.term();
+    }
+    run_ok(service.service(), &["restore", &name]);
+    assert_eq!(service.again().start().stats()["total_items"], 3);
+}
+
+#[test]
 fn what_is_in_neither_place_is_named_and_heals_later() {
     let (shelf, service) = stocked();
     let (dir, name) = backup_dir(&service);
@@ -352,6 +392,42 @@ fn what_is_in_neither_place_is_named_and_heals_later() {
     assert_eq!(elsewhere.stats()["unique_blobs"], 2, "it is not counted as stored");
     assert_eq!(elsewhere.fetch(url).assert_ok(&content.bytes()).cache_status(), "MISS");
     shelf.assert_held(&elsewhere);
+}
+
+/// That the service has noticed the loss makes the backup no more complete.
+#[test]
+fn what_the_store_knows_to_be_missing_is_lacking_unless_nobody_has_it() {
+    let (shelf, service) = stocked();
+    let (_, name) = backup_dir(&service);
+    let [(_, named), _, (url, unnamed)] = &shelf.kept[..] else { unreachable!() };
+    for content in [named, unnamed] {
+        fs::remove_file(service.blob(&content.sha256())).unwrap();
+        let lose = "UPDATE blobs SET state = 'missing' WHERE content_hash = ?1";
+        service.sqlite().execute(lose, [content.sha256()]).unwrap();
+    }
+    service.sqlite().execute("DELETE FROM artifacts WHERE source_url = ?1", [url]).unwrap();
+    let said = run_failing(service.service(), &["backup", &name], 3);
+    assert!(said.contains(&format!("{} is missing", named.sha256())), "{said}");
+    assert!(!said.contains(&unnamed.sha256()), "{said}");
+    assert_eq!(run_failing(&Service::new(), &["restore", &name], 3), said);
+}
+
+#[test]
+fn what_was_missing_and_is_restored_is_missing_no_more() {
+    let (shelf, mut service) = stocked();
+    let (_, name) = backup_dir(&service);
+    run_ok(service.service(), &["backup", &name]);
+    service.sqlite().execute("UPDATE blobs SET state = 'missing'", []).unwrap();
+    // Its files are there already; now the database says that the store had lost them.
+    run_ok(service.service(), &["backup", &name]);
+    fs::remove_file(service.blob(&shelf.kept[0].1.sha256())).unwrap();
+    service.term();
+    let said = run_ok(service.service(), &["restore", &name]);
+    assert!(said.contains("1 copied, 2 already there, 0 lacking"), "{said}");
+    assert_eq!(service.count_rows("SELECT count(*) FROM blobs WHERE state <> 'present'"), 0);
+    let service = service.again().start();
+    assert_eq!(service.stats()["unique_blobs"], 3);
+    shelf.assert_held(&service);
 }
 
 #[test]

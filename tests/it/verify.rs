@@ -11,12 +11,16 @@ const COUNT: usize = 24;
 
 /// A service that holds some artifacts.
 fn filled(up: &Upstream, service: Service) -> (Running, Vec<(String, Content)>) {
+    filled_with(COUNT, up, service)
+}
+
+fn filled_with(count: usize, up: &Upstream, service: Service) -> (Running, Vec<(String, Content)>) {
     let service = service.start();
     let artifact = |n: usize| {
         let content = Content::new(75_000 + n as u64, 20_000);
         (up.serve(&format!("/a/{n}"), Reply::ok(&content)), content)
     };
-    let artifacts: Vec<_> = (0..COUNT).map(artifact).collect();
+    let artifacts: Vec<_> = (0..count).map(artifact).collect();
     for (url, content) in &artifacts {
         service.fetch(url).assert_ok(&content.bytes());
     }
@@ -99,6 +103,96 @@ fn what_no_source_gives_any_more_is_still_damage() {
         assert_eq!((code, outcomes(&report)), (3, vec!["not_to_be_had"]), "{report}");
     }
     assert_eq!(fs::read_dir(service.service().base_path().join(".quarantine")).unwrap().count(), 1);
+}
+
+/// Exit code, standard output, standard error.
+fn repair(service: &Service) -> (i32, String, String) {
+    let output = service.command(&["verify", "--json", "--repair"]).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn repairing_makes_and_migrates_no_database() {
+    let service = Service::new();
+    let (code, _, stderr) = repair(&service);
+    assert!(code == 1 && stderr.contains("storage.database"), "{stderr}");
+    assert!(!service.database().exists() && !service.base_path().exists(), "nothing was made");
+    let mut service = service.start();
+    service.term();
+    // As the version before has left it.
+    service.sqlite().execute_batch("DROP INDEX idx_blobs_missing; PRAGMA user_version = 4").unwrap();
+    let (code, _, stderr) = repair(service.service());
+    assert!(code == 1 && stderr.contains("metadata.db"), "{stderr}");
+    assert_eq!(service.count_rows("PRAGMA user_version"), 4, "it is the service's to migrate");
+}
+
+#[test]
+fn a_store_that_is_not_mounted_is_not_mended() {
+    let up = Upstream::start();
+    let (mut service, artifacts) = filled_with(33, &up, Service::new());
+    service.term();
+    let (base, away) = (service.service().base_path(), service.service().dir().join("away"));
+    fs::rename(&base, &away).unwrap();
+    let (code, stdout, stderr) = repair(service.service());
+    assert!(code == 1 && stderr.contains("mount") && stdout.is_empty(), "{stdout} {stderr}");
+    assert!(!base.exists(), "nothing was made");
+    // The place it is mounted at.
+    fs::create_dir(&base).unwrap();
+    let (code, stdout, stderr) = repair(service.service());
+    assert!(code == 1 && stderr.contains("mount"), "{stderr}");
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(outcomes(&report), vec!["not_repaired"; 33]);
+    assert_eq!(up.total(), 33);
+    assert_eq!(service.count_rows("SELECT count(*) FROM blobs WHERE state = 'missing'"), 0);
+    fs::remove_dir_all(&base).unwrap();
+    fs::rename(&away, &base).unwrap();
+    assert_all_hits(&service.again().start(), &artifacts);
+}
+
+#[test]
+fn what_can_not_be_mended_does_not_keep_the_others_from_it() {
+    let up = Upstream::start();
+    let (mut service, artifacts) = filled(&up, Service::new());
+    service.term();
+    flip(&service, &artifacts[3].1);
+    fs::remove_file(service.blob(&artifacts[4].1.sha256())).unwrap();
+    let refuse = format!(
+        "CREATE TRIGGER refused BEFORE UPDATE OF state ON blobs WHEN new.content_hash = '{}'
+         BEGIN SELECT raise(ABORT, 'refused'); END",
+        artifacts[3].1.sha256()
+    );
+    service.sqlite().execute_batch(&refuse).unwrap();
+    let (code, stdout, stderr) = repair(service.service());
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    let mut fates = outcomes(&report);
+    fates.sort_unstable();
+    assert_eq!((code, fates), (3, vec!["fetched_again", "not_repaired"]), "{stderr}");
+    assert!(stderr.contains(&artifacts[3].1.sha256()), "{stderr}");
+}
+
+/// Between the look at a file and the note of it, a running service may have found it missing.
+#[test]
+fn only_what_was_missing_when_it_was_looked_at_is_noted_as_found() {
+    let up = Upstream::start();
+    let (mut service, artifacts) = filled(&up, Service::new());
+    service.term();
+    let [lost, found] = [3, 4].map(|n| artifacts[n].1.sha256());
+    // As if the service's note came just behind the first of this process's.
+    let lose = format!(
+        "UPDATE blobs SET state = 'missing' WHERE content_hash = '{found}';
+         CREATE TRIGGER lost AFTER UPDATE OF verified_at ON blobs
+         WHEN new.content_hash = '{lost}' AND old.state = 'present' AND new.state = 'present'
+         BEGIN UPDATE blobs SET state = 'missing' WHERE content_hash = '{lost}'; END"
+    );
+    service.sqlite().execute_batch(&lose).unwrap();
+    assert_eq!(verify(&service, &[]).0, 0);
+    let missing = |digest: &str| {
+        let query =
+            format!("SELECT count(*) FROM blobs WHERE state = 'missing' AND content_hash = '{digest}'");
+        service.count_rows(&query)
+    };
+    assert_eq!((missing(&lost), missing(&found)), (1, 0));
 }
 
 #[test]
