@@ -192,15 +192,18 @@ impl Blobs {
         held(&self.path(digest), size).map_err(|cause| Error::io("Failed to read cache storage", &cause))
     }
 
-    /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Nothing is deleted.
-    pub fn quarantine(&self, digest: Digest, size: u64) -> Result<(), Error> {
+    /// Moves what lies at a blob's place out of the way, unless it has become whole meanwhile. Says whether the blob is
+    /// lost. Nothing is deleted.
+    pub fn quarantine(&self, digest: Digest, size: u64) -> Result<bool, Error> {
         let mut shard = self.shard(digest);
         match self.open_blob(digest, size)? {
+            Held::Whole(_) => return Ok(false),
+            Held::Missing => {}
             Held::Damaged(_) => self
                 .clear_place(&mut shard, digest)
-                .map_err(|cause| Error::io("Failed to set damaged content aside", &cause)),
-            Held::Whole(_) | Held::Missing => Ok(()),
+                .map_err(|cause| Error::io("Failed to set damaged content aside", &cause))?,
         }
+        Ok(true)
     }
 
     /// Moves what lies at a blob's place out of the way, whatever its size: its content was found to be wrong.
@@ -236,9 +239,12 @@ impl Blobs {
         let number = self.next_spool.fetch_add(1, Ordering::Relaxed);
         let seconds = jiff::Timestamp::now().as_second();
         kill_point::pass("quarantine.found");
-        fs::rename(path, self.base.join(QUARANTINE_DIR).join(format!("{name}.{seconds}.{number}")))?;
+        let quarantine = self.base.join(QUARANTINE_DIR);
+        fs::rename(path, quarantine.join(format!("{name}.{seconds}.{number}")))?;
         kill_point::pass("quarantine.renamed");
-        Ok(())
+        // Where it is now first: a power cut between the two may leave it in both places, but never in none.
+        sync_dir(&quarantine)?;
+        path.parent().map_or(Ok(()), sync_dir)
     }
 
     /// Begins a growing file for a download of `announced` bytes, if that is known.
@@ -466,15 +472,13 @@ fn place(base: &Path, digest: Digest) -> PathBuf {
 /// What is found at a blob's place.
 fn held(path: &Path, size: u64) -> io::Result<Held> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    match OpenOptions::new().read(true).custom_flags(flags).open(path) {
-        Ok(file) => {
-            let found = file.metadata()?;
-            Ok(match (found.is_file(), found.len() == size) {
-                (true, true) => Held::Whole(file),
-                (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
-                (false, _) => Held::Damaged("is not a regular file".to_owned()),
-            })
-        }
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    match opened.and_then(|file| file.metadata().map(|found| (file, found))) {
+        Ok((file, found)) => Ok(match (found.is_file(), found.len() == size) {
+            (true, true) => Held::Whole(file),
+            (true, false) => Held::Damaged(format!("has {} bytes instead of {size}", found.len())),
+            (false, _) => Held::Damaged("is not a regular file".to_owned()),
+        }),
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Held::Missing),
         Err(cause) if cause.raw_os_error() == Some(libc::ELOOP) => {
             Ok(Held::Damaged("is a symbolic link".to_owned()))
@@ -486,8 +490,15 @@ fn held(path: &Path, size: u64) -> io::Result<Held> {
         Err(cause) if cause.raw_os_error() == Some(libc::ENXIO) => {
             Ok(Held::Damaged("is not a regular file".to_owned()))
         }
+        Err(cause) if is_rot(&cause) => Ok(Held::Damaged(format!("can't be opened: {cause}"))),
         Err(cause) => Err(cause),
     }
+}
+
+/// The disk or the file system itself has lost it. Anything else (too many open files, a missing right, no memory) says
+/// nothing of the blob.
+fn is_rot(cause: &io::Error) -> bool {
+    matches!(cause.raw_os_error(), Some(libc::EIO | libc::EBADMSG | libc::EUCLEAN))
 }
 
 /// The digests of all blobs at `base` that begin with this byte, in no order. Whatever else lies there is left out.

@@ -1,4 +1,5 @@
-//! Deleting blobs: the one place that does, what it waits for, and what holds it off.
+//! Deleting blobs from the store: the one place that does, what it waits for, and what holds it off. (What a backup's own
+//! directory has too much is removed by `tree`.)
 //!
 //! A publisher and the sweep may want one digest at the same time. They take turns under its shard's lock, which alone
 //! would not be enough: a publisher has the file in its place before the catalogue has the row. So it *claims* the

@@ -15,7 +15,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Blobs, Held, held, place};
+use super::{Blobs, Held, held, is_rot, place};
 use crate::{
     artifact::{Digest, Hasher},
     error::Error,
@@ -48,6 +48,13 @@ pub struct Loss {
     file: Option<Identity>,
 }
 
+impl Loss {
+    /// Of what can't be opened or read, for whatever reason.
+    pub fn unreadable(cause: &io::Error) -> Loss {
+        Loss { problem: format!("can't be read: {cause}"), is_absent: false, file: None }
+    }
+}
+
 /// Tells a file from another one under the same name, and from itself before a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
@@ -69,7 +76,7 @@ impl Identity {
 /// `go_on` is told after each read how many bytes that brought; it may wait, and `false` ends the check.
 ///
 /// # Errors
-/// When the file system fails at opening it. Bytes that can't be read are a loss.
+/// When it can't be opened or read for a reason that is not its own. Bytes that the disk has lost are a loss.
 pub fn check(
     base: &Path,
     digest: Digest,
@@ -88,7 +95,8 @@ pub fn check(
                 Ok(None) => Ok(Checked::Stopped),
                 Ok(Some(found)) if found == digest => Ok(Checked::Whole),
                 Ok(Some(found)) => lost(format!("has the SHA-256 {found}"), identity),
-                Err(cause) => lost(format!("can't be read: {cause}"), identity),
+                Err(cause) if is_rot(&cause) => lost(format!("can't be read: {cause}"), identity),
+                Err(cause) => Err(cause),
             }
         }
     }

@@ -240,12 +240,17 @@ impl Cache {
         }
     }
 
-    /// Moves what is left of a lost blob out of the way, and notes that it is gone.
+    /// Moves what is left of a lost blob out of the way, and notes that it is gone, unless it is whole again by now.
     async fn set_aside(&self, version: Version) -> Result<(), Error> {
         let blobs = self.blobs.clone();
-        tokio::task::spawn_blocking(move || blobs.quarantine(version.digest, version.size)).await.map_err(
-            |cause| Error::io("Failed to set damaged content aside", &std::io::Error::other(cause)),
-        )??;
+        let is_lost = tokio::task::spawn_blocking(move || blobs.quarantine(version.digest, version.size))
+            .await
+            .map_err(|cause| {
+                Error::io("Failed to set damaged content aside", &std::io::Error::other(cause))
+            })??;
+        if !is_lost {
+            return Ok(());
+        }
         match self.catalog.note_lost(version.digest).await {
             Ok(true) => drop(self.metrics.blobs_corrupt.inc()),
             Ok(false) => {}

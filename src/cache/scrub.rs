@@ -17,6 +17,9 @@ use crate::{
     error::Error,
 };
 
+/// So many URLs of a lost blob are asked: each may take as long as a download.
+const MAX_SOURCES: usize = 8;
+
 /// What came of reading a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scrubbed {
@@ -103,7 +106,7 @@ impl Cache {
     /// Reads a blob, and if it is lost sets it aside. Blocks.
     fn judge(&self, blob: Blob, go_on: &mut dyn FnMut(u64) -> bool) -> Result<Judged, Error> {
         let Blob { digest, size, .. } = blob;
-        let loss = match self.blobs.check(digest, size, go_on)? {
+        let loss = match self.check_twice(digest, size, go_on)? {
             Checked::Whole => {
                 self.metrics.scrubbed_blobs.inc();
                 return Ok(Judged::Is(Scrubbed::Whole));
@@ -120,10 +123,25 @@ impl Cache {
         })
     }
 
-    /// Fetches a lost blob from its sources in turn.
+    /// Reads a blob, and a second time before it counts as lost: a cable, or memory, may have had it wrong once. Blocks.
+    fn check_twice(
+        &self,
+        digest: Digest,
+        size: u64,
+        go_on: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Checked, Error> {
+        match self.blobs.check(digest, size, go_on)? {
+            Checked::Lost(loss) if !loss.is_absent => {}
+            checked => return Ok(checked),
+        }
+        self.blobs.forget_cached(digest, size);
+        self.blobs.check(digest, size, go_on)
+    }
+
+    /// Fetches a lost blob from its sources in turn, the first few of them.
     async fn heal(self: &Arc<Self>, digest: Digest, urls: &[String]) -> Result<Scrubbed, Error> {
         let mut failure = "no URL has this content".to_owned();
-        for url in urls {
+        for url in urls.iter().take(MAX_SOURCES) {
             // What is recorded was taken once; its parameters that were ignored are not recorded.
             let Ok(url) = SourceUrl::parse(url, &QueryGlobs::default()) else { continue };
             let want = Want {
@@ -136,6 +154,8 @@ impl Cache {
             };
             match self.fetch(&want, Instant::now()).await {
                 Ok(Fetched { content: Content::Whole(_), .. }) => {
+                    // Somebody may have put it back between the look and the note that it is lost.
+                    self.catalog.note_found(digest).await?;
                     self.metrics.scrub_healed.inc();
                     tracing::info!(sha256 = %digest, source_url = %want.url.masked(), "lost file fetched again");
                     return Ok(Scrubbed::Healed);

@@ -398,9 +398,9 @@ impl Catalog {
         self.is_new
     }
 
-    /// When the newest snapshot was taken, if there is one.
+    /// When the newest snapshot was taken that is not of the future, if there is one.
     pub fn last_snapshot(&self) -> io::Result<Option<jiff::Timestamp>> {
-        Ok(snapshots::list(&self.path)?.last().and_then(|newest| snapshots::taken_at(newest)))
+        snapshots::last(&self.path, jiff::Timestamp::now())
     }
 
     /// Takes a snapshot, keeps `kept` in all, and leaves `min_free_bytes` of the disk free. Blocks.

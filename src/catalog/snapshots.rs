@@ -38,6 +38,12 @@ pub fn list(database: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// When the newest snapshot was taken. One of the future says nothing: the clock was wrong, then or now.
+pub(super) fn last(database: &Path, now: Timestamp) -> io::Result<Option<Timestamp>> {
+    let taken = list(database)?;
+    Ok(taken.iter().rev().filter_map(|snapshot| taken_at(snapshot)).find(|taken| *taken <= now))
+}
+
 /// When a snapshot was taken, by its name; `None` for any other file.
 pub fn taken_at(snapshot: &Path) -> Option<Timestamp> {
     let (_, time) = snapshot.file_name()?.to_str()?.rsplit_once(INFIX)?;
@@ -50,8 +56,9 @@ pub fn now() -> String {
     Timestamp::now().strftime(TIME_FORMAT).to_string()
 }
 
-/// Takes a snapshot and removes the oldest ones beyond `kept`, never the one just taken. Blocks; readers and writers
-/// of the database go on meanwhile.
+/// Takes a snapshot and removes the oldest ones beyond `kept`, never the one just taken. Those with a later name are
+/// from a clock that was ahead, or it is behind now: they neither count nor go. Blocks; readers and writers of the
+/// database go on meanwhile.
 pub(super) fn take(database: &Path, min_free_bytes: u64, kept: usize) -> Result<PathBuf, CopyError> {
     check_room(database, min_free_bytes)?;
     let failed = io_at(database);
@@ -62,7 +69,7 @@ pub(super) fn take(database: &Path, min_free_bytes: u64, kept: usize) -> Result<
     fs::rename(&unfinished, &path).map_err(io_at(&path))?;
     sync_parent(&path)?;
     let mut older = list(database).map_err(&failed)?;
-    older.retain(|other| *other != path);
+    older.retain(|other| *other < path);
     let surplus = older.len().saturating_sub(kept.saturating_sub(1));
     for old in &older[..surplus] {
         fs::remove_file(old).map_err(io_at(old))?;

@@ -5,7 +5,6 @@ use std::{error::Error, net::SocketAddr, path::Path, process::ExitCode, sync::Ar
 use tokio::{
     net::{TcpListener, TcpSocket},
     signal::unix::{SignalKind, signal},
-    task::JoinError,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -27,10 +26,11 @@ const BLOCKING_THREADS: usize = 256;
 /// Connections that may wait to be accepted; the system has a limit of its own (net.core.somaxconn). With the usual 128 a
 /// burst of a few hundred makes whoever comes next wait a second or more, until its SYN is sent again.
 const BACKLOG: u32 = 4096;
-/// How long the ends of abandoned downloads may keep the process.
-const RUNTIME_GRACE: Duration = Duration::from_secs(2);
-/// How long the end may wait for the database's disk, each of two times.
-const CHECKPOINT_GRACE: Duration = Duration::from_secs(2);
+/// How long the ends of abandoned downloads may keep the process; and a database that can't be closed.
+const RUNTIME_GRACE: Duration = Duration::from_secs(1);
+/// How long a disk that hangs may keep it, with the grace time and the above no longer than Docker's ten seconds. What
+/// was acknowledged is in the write-ahead log all the same.
+const CHECKPOINT_GRACE: Duration = Duration::from_secs(1);
 
 /// Serves until SIGTERM or SIGINT.
 pub(super) fn serve(args: &ConfigArgs) -> Outcome {
@@ -75,38 +75,27 @@ async fn run(config: Config, file: Option<&Path>, metrics: Arc<Metrics>) -> Resu
     shutdown.cancel();
     let ending = async {
         // First thing, because the grace time may be cut short from outside.
+        let (ended, ()) = tokio::join!(serving, checkpoint(&cache));
         checkpoint(&cache).await;
-        serving.await?;
-        Ok::<_, JoinError>(checkpoint(&cache).await)
+        ended
     };
-    let is_written = tokio::select! {
+    tokio::select! {
         ended = ending => ended?,
-        _ = terminate.recv() => stop_at_once(),
-        _ = interrupt.recv() => stop_at_once(),
-    };
-    tracing::info!("stopped");
-    if !is_written {
-        // Its end would wait for the disk all the same. What was acknowledged is safe in the database's log.
-        std::mem::forget(cache);
+        _ = terminate.recv() => tracing::warn!("stopping at once"),
+        _ = interrupt.recv() => tracing::warn!("stopping at once"),
     }
+    // Closing the database waits for what is being written: on a thread that the runtime needn't wait for.
+    tokio::task::spawn_blocking(move || drop(cache));
+    tracing::info!("stopped");
     Ok(())
 }
 
-/// Whether the database could be made whole in time.
-async fn checkpoint(cache: &Cache) -> bool {
-    let is_written = timeout(CHECKPOINT_GRACE, cache.checkpoint()).await.is_ok();
-    if !is_written {
+async fn checkpoint(cache: &Cache) {
+    if timeout(CHECKPOINT_GRACE, cache.checkpoint()).await.is_err() {
         tracing::warn!(
-            "the database's disk is slow; until the next start a copy of it needs its -wal file too"
+            "the database takes too long to write; its write-ahead log keeps what is not in it yet"
         );
     }
-    is_written
-}
-
-/// Says so; and that nothing has been written.
-fn stop_at_once() -> bool {
-    tracing::warn!("stopping at once");
-    false
 }
 
 /// The sockets to serve: those that systemd hands over, and for what it does not, those of the configuration.

@@ -285,14 +285,15 @@ fn problem(
             progress.inc(bytes);
             true
         };
+        // One file that can't be read must not hide what the others are.
         blobs::check(base, blob.digest, blob.size, &mut count)
-            .map_err(|cause| Error::io("Failed to read cache storage", &cause))
+            .unwrap_or_else(|cause| Checked::Lost(Loss::unreadable(&cause)))
     };
-    let Checked::Lost(first) = look()? else { return Ok(None) };
+    let Checked::Lost(first) = look() else { return Ok(None) };
     if inspection.find(blob.digest)?.is_none_or(|now| now.is_missing) {
         return Ok(Some(first));
     }
-    Ok(match look()? {
+    Ok(match look() {
         Checked::Lost(second) => Some(second),
         Checked::Whole | Checked::Stopped => None,
     })

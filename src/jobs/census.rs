@@ -1,6 +1,6 @@
 //! Counts orphans: blobs that the catalogue does not know. They are harmless, and become known when their content is
 //! downloaded again; but many of them at once mean that `storage.database` is the wrong one, or an old one, so they are
-//! said aloud. None is ever deleted.
+//! said aloud. None is ever deleted but by an operator's explicit command.
 
 use std::{sync::Arc, time::Instant};
 

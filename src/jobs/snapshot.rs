@@ -26,9 +26,9 @@ pub(super) async fn run_once(cache: &Arc<Cache>, kept: usize) -> Result<(), Copy
     Ok(())
 }
 
-/// Also when the last one lies in the future: a clock that was wrong must not keep us from taking any.
+/// `last` is no later than `now`, but for a moment.
 fn is_due(last: Option<Timestamp>, now: Timestamp) -> bool {
-    last.is_none_or(|last| last.as_second().abs_diff(now.as_second()) >= EVERY.as_secs())
+    last.is_none_or(|last| now.as_second().saturating_sub(last.as_second()) >= EVERY.as_secs() as i64)
 }
 
 #[cfg(test)]
@@ -36,11 +36,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_a_day_whatever_the_clock_says() {
+    fn one_a_day() {
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let now = at(1_000_000_000);
         assert!(is_due(None, now));
-        for (last, due) in [(-86_400, true), (-86_399, false), (0, false), (60, false), (86_400, true)] {
+        for (last, due) in [(-86_400, true), (-86_399, false), (0, false), (1, false)] {
             assert_eq!(is_due(Some(at(1_000_000_000 + last)), now), due, "{last}");
         }
     }

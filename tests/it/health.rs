@@ -1,7 +1,6 @@
 //! Health: `healthy` means that all works, and no other state contains that word.
 
-use crate::archive::build_shim;
-use crate::harness::{Content, Reply, Running, Service, Upstream, eventually};
+use crate::harness::{Content, Reply, Running, Service, Upstream, build_shim, eventually};
 
 #[test]
 fn healthy() {
@@ -93,7 +92,7 @@ fn a_disk_that_hangs_costs_one_thread_however_many_ask() {
     let dir = tempfile::tempdir().unwrap();
     let trigger = dir.path().join("hang");
     let name = "health::a_disk_that_hangs_costs_one_thread_however_many_ask";
-    let Some(shim) = build_shim(HANGING, dir.path(), &trigger, name) else { return };
+    let Some(shim) = build_shim(dir.path(), HANGING, &trigger, name) else { return };
     let (up, content) = (Upstream::start(), Content::new(156, 1000));
     let service = Service::new().preload(&shim).env("UPSTREAM__MAX_DOWNLOADS", "2").start();
     std::fs::write(&trigger, "").unwrap();

@@ -2,10 +2,12 @@
 //! artifact where it can be told, set aside and never deleted, and fetched again with the recorded digest.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, symlink};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::path::{Path, PathBuf};
 
-use crate::harness::{Content, End, Reply, Running, Service, Upstream, eventually, fetch_target};
+use crate::harness::{
+    Content, End, Gate, Reply, Running, Service, Upstream, build_shim, eventually, fetch_target,
+};
 
 /// A way in which a stored file is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -350,4 +352,235 @@ fn verified_reading_breaks_off_before_the_end_and_heals() {
         assert_eq!((service.metric(CORRUPT), quarantined(&service)), (n as f64 + 1.0, n + 1));
     }
     service.wait_metric("artifact_cache_errors_total{code=\"internal_error\"}", 4.0);
+}
+
+#[test]
+fn what_is_put_back_while_it_is_fetched_again_is_not_known_as_missing() {
+    let up = Upstream::start();
+    let service = Service::new().start();
+    let content = Content::new(73_000, 50_000);
+    let urls = ["/a", "/b"].map(|path| up.serve(path, Reply::ok(&content)));
+    for url in &urls {
+        service.fetch(url).assert_ok(&content.bytes());
+    }
+    let gate = Gate::new();
+    for path in ["/a", "/b"] {
+        let door = gate.clone();
+        up.on(path, move |x| {
+            door.wait();
+            x.reply(&Reply::new(404, Content::of(b"")))
+        });
+    }
+    let blob = service.blob(&content.sha256());
+    plant(Rot::Flip, &blob, Path::new(""));
+    a_month_later(&service);
+    eventually("a source is asked", || (up.total() == 3).then_some(()));
+    fs::write(&blob, content.bytes()).unwrap();
+    gate.open();
+    service.wait_metric(HEALED, 1.0);
+    service.wait_metric(MISSING, 0.0);
+}
+
+#[test]
+fn what_is_put_back_before_it_is_fetched_again_is_not_noted_as_missing() {
+    let up = Upstream::start();
+    let service = Service::new().env("UPSTREAM__MAX_DOWNLOADS", "1").start();
+    let content = Content::new(73_100, 50_000);
+    let url = up.serve("/x", Reply::ok(&content));
+    service.fetch(&url).assert_ok(&content.bytes());
+    let blob = service.blob(&content.sha256());
+    fs::remove_file(&blob).unwrap();
+    // Takes the only place, so that whoever comes next waits.
+    let gate = Gate::new();
+    let door = gate.clone();
+    let slow = up.on("/slow", move |x| {
+        door.wait();
+        x.reply(&Reply::new(404, Content::of(b"")))
+    });
+    up.serve("/x", Reply::new(404, Content::of(b"")));
+    let [mut first, mut second] = [service.connect(), service.connect()];
+    first.request("GET", &fetch_target(&slow), &[]);
+    eventually("the place is taken", || (up.count("/slow") == 1).then_some(()));
+    second.request("GET", &fetch_target(&url), &[]);
+    service.wait_log("the loss", |line| line["msg"] == "stored file lost, will be fetched again");
+    fs::write(&blob, content.bytes()).unwrap();
+    gate.open();
+    first.response("GET").assert_error(502, "upstream_error");
+    second.response("GET");
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    assert_eq!((service.metric(CORRUPT), service.metric(MISSING)), (0.0, 0.0));
+}
+
+/// A disk that fails for one file: the file `TRIGGER` says in which call, for which inode, how (an errno, or 0 for wrong
+/// bytes), and how often.
+const SHIM: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int (*real_open)(const char *, int, ...);
+static ssize_t (*real_pread)(int, void *, size_t, off64_t);
+static int failed;
+
+__attribute__((constructor)) static void find(void) {
+    real_open = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
+    real_pread = (ssize_t(*)(int, void *, size_t, off64_t))dlsym(RTLD_NEXT, "pread64");
+}
+
+/* -1: this call is left alone. */
+static int failure(const char *call, const struct stat *file) {
+    char text[128] = "", wanted[16];
+    unsigned long inode;
+    int error, times, fd = real_open(TRIGGER, O_RDONLY);
+    if (fd < 0)
+        return -1;
+    ssize_t length = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (length <= 0 || sscanf(text, "%15s %lu %d %d", wanted, &inode, &error, &times) != 4)
+        return -1;
+    if (strcmp(wanted, call) || inode != file->st_ino || failed >= times)
+        return -1;
+    failed++;
+    return error;
+}
+
+int open64(const char *path, int flags, ...) {
+    va_list more;
+    va_start(more, flags);
+    int mode = flags & O_CREAT ? va_arg(more, int) : 0, error;
+    va_end(more);
+    struct stat file;
+    if (!stat(path, &file) && (error = failure("open", &file)) > 0) {
+        errno = error;
+        return -1;
+    }
+    return real_open(path, flags, mode);
+}
+
+ssize_t pread64(int fd, void *buffer, size_t size, off64_t offset) {
+    struct stat file;
+    int error = fstat(fd, &file) ? -1 : failure("read", &file);
+    if (error > 0) {
+        errno = error;
+        return -1;
+    }
+    ssize_t length = real_pread(fd, buffer, size, offset);
+    if (error == 0 && length > 0)
+        ((char *)buffer)[0] ^= 1;
+    return length;
+}
+"#;
+
+const EIO: i32 = 5;
+const ENOMEM: i32 = 12;
+const EACCES: i32 = 13;
+const ALWAYS: usize = 1_000_000;
+
+/// A service whose disk can be made to fail.
+struct IllDisk {
+    service: Running,
+    trigger: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl IllDisk {
+    /// `None` without a compiler: the test called `name` is skipped then.
+    fn start(name: &str) -> Option<IllDisk> {
+        let dir = tempfile::tempdir().unwrap();
+        let trigger = dir.path().join("fail");
+        let shim = build_shim(dir.path(), SHIM, &trigger, &format!("rot::{name}"))?;
+        let service = Service::new().preload(&shim).start();
+        Some(IllDisk { service, trigger, _dir: dir })
+    }
+
+    /// From now on so many calls fail for the file that is at `blob`.
+    fn fail(&self, call: &str, blob: &Path, errno: i32, times: usize) {
+        let new = self.trigger.with_extension("new");
+        fs::write(&new, format!("{call} {} {errno} {times}", fs::metadata(blob).unwrap().ino())).unwrap();
+        fs::rename(new, &self.trigger).unwrap();
+    }
+}
+
+/// Makes this blob the first that is due, and all others due after it.
+fn due_first(service: &Running, content: &Content) {
+    let sql = format!(
+        "UPDATE blobs SET verified_at = datetime(verified_at, '-31 days', iif(content_hash = '{}', '-1 day', '0 days'))",
+        content.sha256()
+    );
+    service.sqlite().execute(&sql, []).unwrap();
+}
+
+const NOTED: &str = "SELECT count(*) FROM blobs WHERE verified_at > datetime('now', '-1 day')";
+
+#[test]
+fn one_file_that_can_not_be_opened_or_read_hides_no_other_and_is_no_rot() {
+    for (call, errno) in [("open", EACCES), ("read", ENOMEM)] {
+        let name = "one_file_that_can_not_be_opened_or_read_hides_no_other_and_is_no_rot";
+        let Some(ill) = IllDisk::start(name) else { return };
+        let (up, service) = (Upstream::start(), &ill.service);
+        let artifacts = artifacts(&up, 4);
+        store(service, &artifacts);
+        ill.fail(call, &service.blob(&artifacts[0].1.sha256()), errno, ALWAYS);
+        due_first(service, &artifacts[0].1);
+        eventually("the others are read", || (service.count_rows(NOTED) == 3).then_some(()));
+        let line =
+            service.wait_log("it is said", |line| line["msg"] == "a stored file could not be looked at");
+        assert_eq!(line["sha256"], artifacts[0].1.sha256());
+        assert_eq!((service.metric(CORRUPT), quarantined(service), up.total()), (0.0, 0, 4));
+        let (code, report) = crate::verify::verify(service, &[]);
+        assert_eq!((code, &report["whole"]), (3, &3.into()), "{report}");
+        assert_eq!(report["damaged"].as_array().unwrap().len(), 1, "{report}");
+    }
+}
+
+#[test]
+fn a_file_that_the_disk_has_lost_is_set_aside_and_fetched_again() {
+    for call in ["open", "read"] {
+        let name = "a_file_that_the_disk_has_lost_is_set_aside_and_fetched_again";
+        let Some(ill) = IllDisk::start(name) else { return };
+        let (up, service) = (Upstream::start(), &ill.service);
+        let artifacts = artifacts(&up, 4);
+        store(service, &artifacts);
+        ill.fail(call, &service.blob(&artifacts[0].1.sha256()), EIO, ALWAYS);
+        due_first(service, &artifacts[0].1);
+        service.wait_metric(HEALED, 1.0);
+        eventually("all are whole", || (service.count_rows(NOTED) == 4).then_some(()));
+        assert_eq!((service.metric(CORRUPT), service.metric(MISSING), quarantined(service)), (1.0, 0.0, 1));
+    }
+}
+
+#[test]
+fn a_request_for_a_file_that_the_disk_has_lost_heals_it() {
+    let Some(ill) = IllDisk::start("a_request_for_a_file_that_the_disk_has_lost_heals_it") else { return };
+    let (up, content) = (Upstream::start(), Content::new(73_200, 50_000));
+    let url = up.serve("/x", Reply::ok(&content));
+    let mut service = ill.service;
+    service.fetch(&url).assert_ok(&content.bytes());
+    // What is open is not opened again.
+    service.term();
+    let blob = service.blob(&content.sha256());
+    fs::write(&ill.trigger, format!("open {} {EIO} {ALWAYS}", fs::metadata(blob).unwrap().ino())).unwrap();
+    let service = service.again().start();
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "HIT");
+    assert_eq!(quarantined(&service), 1);
+}
+
+#[test]
+fn what_is_read_wrongly_once_is_read_again_before_it_counts_as_lost() {
+    let name = "what_is_read_wrongly_once_is_read_again_before_it_counts_as_lost";
+    let Some(ill) = IllDisk::start(name) else { return };
+    let (up, service) = (Upstream::start(), &ill.service);
+    let artifacts = artifacts(&up, 2);
+    store(service, &artifacts);
+    ill.fail("read", &service.blob(&artifacts[0].1.sha256()), 0, 1);
+    a_month_later(service);
+    eventually("all are whole", || (service.count_rows(NOTED) == 2).then_some(()));
+    assert_eq!((service.metric(CORRUPT), quarantined(service), up.total()), (0.0, 0, 2));
 }

@@ -10,6 +10,8 @@ pub mod tls;
 pub mod upstream;
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -68,6 +70,24 @@ pub fn skip(name: &str, why: &str) {
     let Some(list) = std::env::var_os("ARTIFACT_CACHE_TEST_SKIPS") else { return };
     let file = std::fs::File::options().create(true).append(true).open(list);
     writeln!(file.expect("the list of skipped tests can be written"), "{name}: {why}").unwrap();
+}
+
+/// Builds a shared object from C for [`Service::preload`], in `dir`; in its source `TRIGGER` is that path. Without a
+/// compiler the test called `name` is skipped.
+pub fn build_shim(dir: &Path, source: &str, trigger: &Path, name: &str) -> Option<PathBuf> {
+    let (file, shim) = (dir.join("shim.c"), dir.join("shim.so"));
+    std::fs::write(&file, source).unwrap();
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(&file).arg("-ldl");
+    cc.arg(format!("-DTRIGGER=\"{}\"", trigger.display()));
+    match cc.output() {
+        Ok(output) if output.status.success() => Some(shim),
+        Ok(output) => panic!("cc: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(cause) => {
+            skip(name, &format!("cc: {cause}"));
+            None
+        }
+    }
 }
 
 /// Raises the limit of open files, for this process and the services it starts; false when `wanted` can't be had.
