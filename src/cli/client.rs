@@ -35,8 +35,9 @@ const MAX_TEXT_BYTES: usize = 4 << 20;
 /// Which running service.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ServerArgs {
-    /// The running service, such as https://artifactcache.lan
-    #[arg(long, value_name = "URL", env = "ARTIFACT_CACHE_SERVER", hide_env_values = true, value_parser = server_url)]
+    // An attribute, because rustdoc wants URLs marked up, which a terminal would show.
+    #[arg(long, help = "The running service, such as https://artifactcache.lan")]
+    #[arg(value_name = "URL", env = "ARTIFACT_CACHE_SERVER", hide_env_values = true, value_parser = server_url)]
     pub(super) server: Option<Url>,
     /// PEM file of a certificate authority to trust beside the system's, for a https:// server
     #[arg(long, value_name = "FILE", env = "ARTIFACT_CACHE_CA_FILE", hide_env_values = true)]
