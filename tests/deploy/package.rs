@@ -220,9 +220,10 @@ fn serves(machine: &Machine, content: &Content) {
         &["--format", "%U:%G %a", "/var/lib/artifact-cache", "/var/lib/artifact-cache/metadata.db"],
     );
     assert_eq!(owner.trim(), "artifact-cache:artifact-cache 750\nartifact-cache:artifact-cache 640");
-    // All that its confinement takes away would show here.
-    let journal = machine.journal();
-    assert!(journal.contains("cache HIT"), "{journal}");
+    // All that its confinement takes away would show here. A line is written a little after its answer.
+    let journal = eventually("the journal has the hit", || {
+        Some(machine.journal()).filter(|journal| journal.contains("cache HIT"))
+    });
     for level in ["\"WARN\"", "\"ERROR\""] {
         let complaints =
             journal.lines().filter(|line| line.contains(level) && !line.contains("fetch failed"));
