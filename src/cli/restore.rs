@@ -113,7 +113,12 @@ fn open_source(database: &Path, args: &RestoreArgs) -> Result<(PathBuf, Detached
 }
 
 fn newest_good(database: &Path, to: &Path) -> Result<(PathBuf, Detached), Box<dyn Error>> {
-    for snapshot in snapshots::list(database).map_err(at(database))?.into_iter().rev() {
+    let now = jiff::Timestamp::now();
+    let is_ahead = |snapshot: &PathBuf| snapshots::taken_at(snapshot).is_some_and(|taken| taken > now);
+    // One of the future was taken while a clock was ahead, so how old it is nobody knows: only if there is no other.
+    let (ahead, past): (Vec<_>, Vec<_>) =
+        snapshots::list(database).map_err(at(database))?.into_iter().partition(is_ahead);
+    for snapshot in past.into_iter().rev().chain(ahead.into_iter().rev()) {
         match Detached::copy_of(&snapshot, to) {
             Err(error @ CopyError::Damaged { .. }) => {
                 // As with `say!`.
