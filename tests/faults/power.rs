@@ -204,7 +204,9 @@ fn cut_download(disk: &Disk, kind: &str) -> usize {
         std::thread::sleep(Duration::from_millis(fastrand::u64(0..30)));
         disk.cut();
         service.kill();
-        assert!(client.try_head().is_err(), "{kind}: nobody was told that it is whole");
+        // The process outlives its disk for a moment, and may say so with a 500.
+        let told = client.try_head().is_ok_and(|head| head.status() == 200);
+        assert!(!told, "{kind}: nobody was told that it is whole");
         disk.revive();
         service = service.again().start();
         went_on += usize::from(cut > 0 && up.requests("/large")[asked].get("Range").is_some());
