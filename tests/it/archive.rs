@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::harness::{Content, Reply, Running, Service, Upstream, build_shim, eventually};
+use crate::harness::{Content, Reply, Running, Service, Upstream, build_fsync_shim, eventually};
 
 fn add(up: &Upstream, service: &Running, seed: u64) -> (String, Content) {
     let content = Content::new(seed, 3_000);
@@ -333,25 +333,10 @@ fn a_database_that_breaks_while_it_is_used_is_not_written_to_any_more() {
 
 /// While the file `TRIGGER` is there, no sync of a log of SQLite succeeds.
 const SHIM: &str = r#"
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <string.h>
-#include <unistd.h>
-
-int fsync(int fd) {
-    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    path[length < 0 ? 0 : length] = 0;
     if (strstr(path, ".db-wal") && !access(TRIGGER, F_OK)) {
         errno = EIO;
         return -1;
     }
-    return real(fd);
-}
 "#;
 
 #[test]
@@ -359,7 +344,7 @@ fn a_log_that_can_not_be_synced_is_built_on_only_after_it_was_written_anew() {
     let dir = tempfile::tempdir().unwrap();
     let trigger = dir.path().join("fail");
     let name = "archive::a_log_that_can_not_be_synced_is_built_on_only_after_it_was_written_anew";
-    let Some(shim) = build_shim(dir.path(), SHIM, &trigger, name) else { return };
+    let Some(shim) = build_fsync_shim(dir.path(), SHIM, &trigger, name) else { return };
     let up = Upstream::start();
     let mut service = Service::new().preload(&shim).start();
     let before = add(&up, &service, 5_700);

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::harness::{Content, End, Gate, Reply, Service, Upstream, build_shim, eventually, fetch_target};
+use crate::harness::{
+    Content, End, Gate, Reply, Service, Upstream, build_fsync_shim, eventually, fetch_target,
+};
 
 #[test]
 fn sigterm_lets_a_running_body_end() {
@@ -172,22 +174,8 @@ fn a_reader_of_the_database_does_not_delay_the_end() {
 
 /// While the file `TRIGGER` is there, no sync of a database ends.
 const SHIM: &str = r#"
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdio.h>
-#include <string.h>
-#include <unistd.h>
-
-int fsync(int fd) {
-    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    path[length < 0 ? 0 : length] = 0;
     while (strstr(path, "metadata.db") && !access(TRIGGER, F_OK))
         usleep(20000);
-    return real(fd);
-}
 "#;
 
 #[test]
@@ -196,7 +184,7 @@ fn a_disk_that_hangs_delays_neither_the_end_nor_a_second_sigterm() {
     for (grace, is_hurried) in [("1", false), ("600", true)] {
         let dir = tempfile::tempdir().unwrap();
         let trigger = dir.path().join("hang");
-        let Some(shim) = build_shim(dir.path(), SHIM, &trigger, name) else { return };
+        let Some(shim) = build_fsync_shim(dir.path(), SHIM, &trigger, name) else { return };
         let mut service = Service::new().preload(&shim).env("SERVER__SHUTDOWN_GRACE_SECONDS", grace).start();
         let up = Upstream::start();
         let url = up.serve("/x", Reply::ok(&Content::of(b"x")));

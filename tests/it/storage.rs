@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Content, Reply, Running, Service, Upstream, WRONG_SHA, build_shim, eventually};
+use crate::harness::{Content, Reply, Running, Service, Upstream, WRONG_SHA, build_fsync_shim, eventually};
 
 /// A service with one artifact, whose upstream would serve the same again.
 fn stored(up: &Upstream, content: &Content) -> (Running, String) {
@@ -402,23 +402,11 @@ fn the_log_is_emptied_once_its_last_reader_is_gone() {
 
 /// Writes what is synced into the file `TRIGGER`, a path a line.
 const SHIM: &str = r#"
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdio.h>
-#include <unistd.h>
-
-int fsync(int fd) {
-    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
-    char link[64], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
     FILE *log = fopen(TRIGGER, "a");
     if (log) {
-        fprintf(log, "%.*s\n", (int)(length < 0 ? 0 : length), path);
+        fprintf(log, "%s\n", path);
         fclose(log);
     }
-    return real(fd);
-}
 "#;
 
 #[test]
@@ -426,7 +414,7 @@ fn what_is_set_aside_survives_a_power_cut() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("synced");
     let name = "storage::what_is_set_aside_survives_a_power_cut";
-    let Some(shim) = build_shim(dir.path(), SHIM, &log, name) else { return };
+    let Some(shim) = build_fsync_shim(dir.path(), SHIM, &log, name) else { return };
     let (up, service) = (Upstream::start(), Service::new().preload(&shim).start());
     let content = Content::new(21_900, 5_000);
     let url = up.serve("/x", Reply::ok(&content));

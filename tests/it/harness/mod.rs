@@ -90,6 +90,30 @@ pub fn build_shim(dir: &Path, source: &str, trigger: &Path, name: &str) -> Optio
     }
 }
 
+/// As [`build_shim`]: a `fsync` that does `first` before the real one, where `path` is what is synced.
+#[allow(dead_code)] // for tests/it
+pub fn build_fsync_shim(dir: &Path, first: &str, trigger: &Path, name: &str) -> Option<PathBuf> {
+    const SOURCE: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+int fsync(int fd) {
+    int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fsync");
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    FIRST
+    return real(fd);
+}
+"#;
+    build_shim(dir, &SOURCE.replace("FIRST", first), trigger, name)
+}
+
 /// Raises the limit of open files, for this process and the services it starts; false when `wanted` can't be had.
 pub fn raise_file_limit(wanted: u64) -> bool {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
