@@ -1,4 +1,5 @@
-//! The design document's playbooks and the collection in `deploy/ansible`, run by the real ansible-playbook.
+//! The design document's playbooks and the collection in `deploy/ansible`, run by the real ansible-playbook. Its role
+//! `server` needs a machine of its own: `tests/deploy/role.rs`.
 //!
 //! `playbooks/` has the document's text; the names of its hosts, its placeholders for checksums and its `/opt` are
 //! replaced, and nothing else is.
@@ -7,10 +8,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::harness::service::BINARY;
-use crate::harness::{Content, WRONG_SHA, skip};
+use crate::harness::{Content, WRONG_SHA};
 use crate::proxies::Front;
-use crate::support::{Ended, Stage, arg, assert_same, find, need_in_venv, test_name, with};
+use crate::support::{Ended, Stage, arg, assert_same, changed_tasks, need_in_venv, with};
 
 const PROMETHEUS: &str =
     "/prometheus/prometheus/releases/download/v2.45.0/prometheus-2.45.0.linux-amd64.tar.gz";
@@ -77,25 +77,21 @@ fn play(stage: &Stage, playbook: &str, more: &[&str]) -> Option<Ended> {
     Some(stage.run(&ansible, &[&fixed, more, &[playbook]].concat()))
 }
 
-/// How many tasks changed something, from the recap.
-#[track_caller]
-fn changed(ended: &Ended) -> u32 {
-    ended.assert_success();
-    let count = ended.stdout.rsplit_once("changed=").and_then(|(_, rest)| rest.split_whitespace().next());
-    count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("no recap in {ended:?}"))
-}
-
 fn the_documents_playbooks_run(stage: &Stage) {
     let artifacts = Artifacts::publish(stage);
     write_document(stage, &artifacts);
     let Some(ended) = play(stage, "simple.yml", &[]) else { return };
-    assert_eq!(changed(&ended), 1);
+    assert_eq!(changed_tasks(&ended), 1);
     let app_dir = format!("app_dir={}", stage.file("app").display());
-    assert_eq!(changed(&play(stage, "variables.yml", &["-e", &app_dir]).expect("Ansible is here")), 1);
+    assert_eq!(changed_tasks(&play(stage, "variables.yml", &["-e", &app_dir]).expect("Ansible is here")), 1);
     assert_same(&stage.file("app/app.jar"), &artifacts.app);
     assert_same(&stage.file("opt/prometheus/prometheus.tar.gz"), &artifacts.prometheus);
     fs::remove_file(stage.file("opt/prometheus/prometheus.tar.gz")).unwrap();
-    assert_eq!(changed(&play(stage, "role.yml", &[]).expect("Ansible is here")), 1, "a loop is one task");
+    assert_eq!(
+        changed_tasks(&play(stage, "role.yml", &[]).expect("Ansible is here")),
+        1,
+        "a loop is one task"
+    );
     assert_same(&stage.file("opt/prometheus/prometheus.tar.gz"), &artifacts.prometheus);
     assert_same(&stage.file("opt/java/jdk.tar.gz"), &artifacts.java);
     assert_eq!(stage.up.total(), 3, "each artifact was downloaded once, whoever asked for it");
@@ -150,14 +146,14 @@ fn the_collections_role_downloads_verifies_and_then_changes_nothing() {
         );
         fs::write(stage.file("ours.yml"), &ours).unwrap();
         let play_ours = |more: &[&str]| play(stage, "ours.yml", &[&["-e", &*server], more].concat()).unwrap();
-        assert_eq!(changed(&play_ours(&["--check"])), 1);
+        assert_eq!(changed_tasks(&play_ours(&["--check"])), 1);
         assert!(!stage.file("opt/java/jdk.tar.gz").exists(), "--check downloads nothing");
-        assert_eq!(changed(&play_ours(&[])), 1);
+        assert_eq!(changed_tasks(&play_ours(&[])), 1);
         assert_same(&stage.file("opt/prometheus/prometheus.tar.gz"), &artifacts.prometheus);
         assert_same(&stage.file("opt/java/jdk.tar.gz"), &artifacts.java);
         let mode = fs::metadata(stage.file("opt/java/jdk.tar.gz")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        assert_eq!(changed(&play_ours(&[])), 0, "all is there");
+        assert_eq!(changed_tasks(&play_ours(&[])), 0, "all is there");
 
         fs::write(stage.file("ours.yml"), ours.replace(&digest, WRONG_SHA)).unwrap();
         fs::remove_file(stage.file("opt/java/jdk.tar.gz")).unwrap();
@@ -168,81 +164,5 @@ fn the_collections_role_downloads_verifies_and_then_changes_nothing() {
         fs::write(stage.file("ours.yml"), ours.replace("        dest:", "        destination:")).unwrap();
         let ended = play_ours(&[]);
         assert!(!ended.success && ended.stdout.contains("destination"), "a misspelt key is named: {ended:?}");
-    });
-}
-
-/// Runs its arguments' script as root of a copy of this machine: what it writes to /etc, /usr/local and /var/lib is
-/// gone afterwards.
-const SANDBOX: &str = r#"
-set -e
-mount -t tmpfs none "$1"
-for dir in etc usr/local var/lib; do
-    mkdir -p "$1/$dir/up" "$1/$dir/work"
-    mount -t overlay overlay -o "lowerdir=/$dir,upperdir=$1/$dir/up,workdir=$1/$dir/work" "/$dir"
-done
-shift
-"$@"
-"#;
-
-/// Installs twice; then runs what was installed, as the user that was made, and asks it.
-const INSTALL: &str = r#"
-set -e
-export ANSIBLE_COLLECTIONS_PATH="$PWD/collections" ANSIBLE_PIPELINING=true HOME="$PWD"
-play() { "$1" ${more:+"$more"} -i inventory -c local -e "ansible_python_interpreter=$2" -e "binary=$3" server.yml; }
-play "$@"
-play "$@"
-test "$(stat -c %U:%a /var/lib/artifact-cache)" = artifact-cache:750
-test "$(getent passwd artifact-cache | cut -d: -f7)" = /usr/sbin/nologin
-grep -q '^ExecStart=/usr/local/bin/artifact-cache serve' /etc/systemd/system/artifact-cache.service.d/places.conf
-config=/etc/artifact-cache/config.yaml
-as='setpriv --reuid=artifact-cache --regid=artifact-cache --clear-groups'
-$as /usr/local/bin/artifact-cache doctor --config $config
-$as /usr/local/bin/artifact-cache serve --config $config > served.log & pid=$!
-for _ in $(seq 100); do grep -q listening served.log && break; sleep 0.1; done
-/usr/local/bin/artifact-cache health --config $config
-kill $pid
-wait $pid
-sed -i 's/port: 18080/port: none/' server.yml
-more='--start-at-task=homelab.artifact_cache.server : Write the configuration'
-if play "$@" > wrong.log 2>&1; then echo 'a wrong configuration was installed'; exit 1; fi
-grep -q 'server.port' wrong.log || { cat wrong.log; exit 1; }
-grep -q 'port: 18080' $config
-"#;
-
-#[test]
-fn the_collection_installs_a_service() {
-    if !rustix::process::getuid().is_root() || find("unshare").is_none() {
-        return skip(&test_name(), "needs root and unshare for a copy of this machine");
-    }
-    with(Front::Direct, |stage| {
-        let (Some(ansible), Some(python)) = (need_in_venv("ansible-playbook"), need_in_venv("python")) else {
-            return;
-        };
-        if install_collection(stage).is_none() {
-            return;
-        }
-        fs::write(stage.file("inventory"), "localhost\n").unwrap();
-        fs::copy(in_repository("tests/clients/playbooks/server.yml"), stage.file("server.yml")).unwrap();
-        fs::create_dir(stage.file("layers")).unwrap();
-        let unshare = find("unshare").expect("found above");
-        let layers = stage.file("layers");
-        // A network of its own, so that its port is free.
-        let own = ["--mount", "--net", "--propagation", "private", "sh", "-c"];
-        let sandbox = |script: &[&str]| {
-            stage.run(&unshare, &[&own[..], &[SANDBOX, "sandbox", arg(&layers)], script].concat())
-        };
-        if !sandbox(&["true"]).success {
-            return skip(&test_name(), "no overlay mounts here");
-        }
-        let install = format!("ip link set lo up 2>/dev/null || true\n{INSTALL}");
-        let ended = sandbox(&["bash", "-c", &install, "install", arg(&ansible), arg(&python), BINARY]);
-        ended.assert_success();
-        let recaps: Vec<&str> = ended.stdout.lines().filter(|line| line.contains("changed=")).collect();
-        assert!(!recaps[0].contains("changed=0") && recaps[1].contains("changed=0"), "{recaps:?}");
-        assert!(ended.stdout.contains("healthy\n"), "{ended:?}");
-        assert!(
-            !Path::new("/etc/artifact-cache").exists()
-                || !Path::new("/usr/local/bin/artifact-cache").exists()
-        );
     });
 }

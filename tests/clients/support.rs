@@ -100,6 +100,14 @@ pub fn need_in_venv(program: &str) -> Option<PathBuf> {
     need(&format!("{}/target/clients-venv/bin/{program}", env!("CARGO_MANIFEST_DIR")))
 }
 
+/// How many tasks changed something, from the recap of a playbook that succeeded.
+#[track_caller]
+pub fn changed_tasks(ended: &Ended) -> u32 {
+    ended.assert_success();
+    let count = ended.stdout.rsplit_once("changed=").and_then(|(_, rest)| rest.split_whitespace().next());
+    count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("no recap in {ended:?}"))
+}
+
 /// Runs `check` on a stage with this front, or skips the test if the front is not installed.
 pub fn with(front: Front, check: impl FnOnce(&Stage)) {
     if let Some(stage) = Stage::new(front, Service::new().streaming()) {

@@ -1,4 +1,5 @@
-//! What `deploy/` ships, tried with the programs it is for: proxies, systemd, container builder, package manager.
+//! What `deploy/` ships, tried with the programs it is for: proxies, systemd, container builder, package manager,
+//! Ansible.
 //!
 //! `install` gets these programs and a Debian of its own to try in; what is missing is skipped by name.
 // Nothing outside sees a test binary, so `pub` here only means "for the other files".
@@ -21,8 +22,10 @@ mod support;
 
 mod container;
 mod fronts;
+mod machine;
 mod package;
 mod release;
+mod role;
 mod service_manager;
 
 /// The repository.

@@ -2,128 +2,26 @@
 //! watched, woken by a socket, upgraded, removed and purged.
 
 use std::fs;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-
-use rustix::process::{Pid, Signal, kill_process};
+use std::process::Command;
 
 use crate::harness::service::BINARY;
-use crate::harness::{Content, eventually, fetch_target, skip};
-use crate::program::{find, need, test_name};
+use crate::harness::{Content, Reply, eventually, fetch_target};
+use crate::machine::{Machine, UNIT};
+use crate::program::need;
 use crate::root;
 
 /// Its units.
-const UNITS: [&str; 3] = ["artifact-cache.service", "artifact-cache.socket", "artifact-cache-metrics.socket"];
+const UNITS: [&str; 3] = [UNIT, "artifact-cache.socket", "artifact-cache-metrics.socket"];
 
-/// A booted Debian; it is gone when dropped, and nothing of it stays.
-struct Machine {
-    unshare: Child,
-    init: Pid,
-}
+/// Its configuration.
+const CONFIG: &str = "/etc/artifact-cache/config.yaml";
 
-impl Machine {
-    /// Boots one; none, and the test is skipped, where that can't be done.
-    fn boot() -> Option<Machine> {
-        let debian = root().join("target/debian");
-        if !rustix::process::geteuid().is_root() || !debian.is_dir() {
-            skip(&test_name(), "needs root and the Debian of tests/deploy/install");
-            return None;
-        }
-        let mut command = Command::new(need("unshare")?);
-        command.args(["--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--cgroup", "--net"]);
-        command.arg(root().join("tests/deploy/boot")).arg(debian).stdin(Stdio::null());
-        command.stdout(Stdio::null()).stderr(Stdio::piped());
-        // A group of its own: what is typed at the terminal is not for it.
-        let mut unshare = command.process_group(0).spawn().unwrap();
-        let children = format!("/proc/{0}/task/{0}/children", unshare.id());
-        let init = eventually("the first process", || {
-            let ended = unshare.try_wait().unwrap();
-            assert!(ended.is_none(), "no namespaces, or no boot: {:?}", unshare.stderr.take().map(read));
-            Pid::from_raw(fs::read_to_string(&children).ok()?.trim().parse().ok()?)
-        });
-        let machine = Machine { unshare, init };
-        eventually("it has booted", || {
-            let state = machine.command("systemctl", &["is-system-running"]).output().unwrap();
-            let state = String::from_utf8_lossy(&state.stdout).trim().to_string();
-            assert_ne!(state, "degraded", "{}", machine.run("systemctl", &["--failed", "--no-pager"]));
-            (state == "running").then_some(())
-        });
-        Some(machine)
-    }
-
-    fn enter(&self, namespaces: &[&str], program: &str, args: &[&str]) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.as_raw_nonzero().to_string()]).args(namespaces);
-        command.arg("--").arg(program).args(args).stdin(Stdio::null());
-        command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8");
-        command
-    }
-
-    /// A program of the machine.
-    fn command(&self, program: &str, args: &[&str]) -> Command {
-        self.enter(&["--all"], program, args)
-    }
-
-    /// A program of the outside on the machine's network.
-    fn on_its_network(&self, program: &Path, args: &[&str]) -> Command {
-        self.enter(&["--net"], program.to_str().unwrap(), args)
-    }
-
-    /// Runs a program of the machine, which must succeed: what it says.
-    #[track_caller]
-    fn run(&self, program: &str, args: &[&str]) -> String {
-        let output = self.command(program, args).output().unwrap();
-        let said =
-            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-        assert!(output.status.success(), "{program} {args:?}: {said}\n{}", self.journal());
-        said
-    }
-
-    /// What the service said lately.
-    fn journal(&self) -> String {
-        let args = ["--unit", "artifact-cache", "--no-pager", "--lines", "40"];
-        let output = self.command("journalctl", &args).output().unwrap();
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
-    /// A property of the service.
-    fn property(&self, name: &str) -> String {
-        self.run("systemctl", &["show", "artifact-cache", "--value", "--property", name]).trim().to_string()
-    }
-
-    fn is_active(&self, unit: &str) -> bool {
-        self.command("systemctl", &["is-active", "--quiet", unit]).status().unwrap().success()
-    }
-
-    /// GET on its loopback; none if nobody answers, or not with success.
-    fn get(&self, port: u16, target: &str) -> Option<Vec<u8>> {
-        let url = format!("http://127.0.0.1:{port}{target}");
-        let curl = find("curl").expect("curl was found before");
-        let output =
-            self.on_its_network(&curl, &["--fail", "--silent", "--max-time", "30", &url]).output().unwrap();
-        output.status.success().then_some(output.stdout)
-    }
-
-    /// A file of the machine, seen from outside.
-    fn file(&self, path: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{path}", self.init.as_raw_nonzero()))
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        // With the first process of a process namespace all others end.
-        let _ = kill_process(self.init, Signal::KILL);
-        let _ = self.unshare.kill();
-        let _ = self.unshare.wait();
-    }
-}
-
-fn read(mut pipe: impl std::io::Read) -> String {
-    let mut text = String::new();
-    let _ = pipe.read_to_string(&mut text);
-    text
+/// What dpkg knows of the installed package.
+#[track_caller]
+fn about(machine: &Machine, field: &str) -> String {
+    let format = format!("--showformat={field}");
+    machine.run("dpkg-query", &["--show", &format, "artifact-cache"])
 }
 
 /// Builds the package of the program under test into `dir`; none, and the test is skipped, without dpkg-dev.
@@ -138,51 +36,28 @@ pub fn build_package(dir: &Path) -> Option<PathBuf> {
     Some(String::from_utf8(output.stdout).unwrap().trim().into())
 }
 
-/// An upstream on the machine's network.
-struct Origin(Child);
-
-impl Origin {
-    fn start(machine: &Machine, dir: &Path) -> Option<Origin> {
-        let python = need("python3")?;
-        let args = ["-m", "http.server", "--bind", "127.0.0.1", "8000", "--directory", dir.to_str().unwrap()];
-        let mut command = machine.on_its_network(&python, &args);
-        let origin = Origin(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-        eventually("the upstream listens", || machine.get(8000, "/"));
-        Some(origin)
-    }
-}
-
-impl Drop for Origin {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn the_package_lives_a_whole_life_under_systemd() {
-    if need("curl").is_none() {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let (Some(package), Some(machine)) = (build_package(dir.path()), Machine::boot()) else { return };
-    fs::copy(&package, machine.file("/root/artifact-cache.deb")).unwrap();
+    machine.put(&package, "/root/artifact-cache.deb");
     let content = Content::new(100, 300_000);
-    fs::write(dir.path().join("a.bin"), content.bytes()).unwrap();
-    let Some(_origin) = Origin::start(&machine, dir.path()) else { return };
+    let up = machine.upstream();
+    let url = fetch_target(&up.serve("/a.bin", Reply::ok(&content)));
 
     install(&machine);
-    serves(&machine, &content);
-    a_hang_ends_in_a_restart(&machine, &content);
-    sockets_start_it(&machine, &content);
-    reinstall(&machine, &content);
+    serves(&machine, &url, &content);
+    a_hang_ends_in_a_restart(&machine, &url, &content);
+    sockets_start_it(&machine, &url, &content);
+    reinstall(&machine, &url, &content);
+    a_service_that_cannot_start_is_installed_all_the_same(&machine);
     remove_and_purge(&machine);
 }
 
 fn install(machine: &Machine) {
     machine.run("dpkg", &["--install", "/root/artifact-cache.deb"]);
-    assert!(machine.is_active(UNITS[0]), "started when installed: {}", machine.journal());
-    assert_eq!(machine.run("systemctl", &["is-enabled", UNITS[0]]).trim(), "enabled");
+    assert!(machine.is_active(UNIT), "started when installed: {}", machine.journal());
+    assert_eq!(machine.run("systemctl", &["is-enabled", UNIT]).trim(), "enabled");
     assert_eq!(
         machine.run("systemd-analyze", &[&["verify", "--man=no"], &UNITS[..]].concat()),
         "",
@@ -196,24 +71,17 @@ fn install(machine: &Machine) {
     }
     let completions = "/usr/share/bash-completion/completions/artifact-cache";
     machine.run("bash", &["-c", &format!(". {completions} && complete -p artifact-cache")]);
-    assert_eq!(
-        machine
-            .run("artifact-cache", &["config", "check", "--config", "/etc/artifact-cache/config.yaml"])
-            .lines()
-            .count(),
-        1
-    );
+    assert_eq!(machine.run("artifact-cache", &["config", "check", "--config", CONFIG]).lines().count(), 1);
 }
 
-fn serves(machine: &Machine, content: &Content) {
-    let url = fetch_target("http://127.0.0.1:8000/a.bin");
-    assert_eq!(machine.get(8080, &url), None, "internal networks are refused as installed");
-    let config = machine.file("/etc/artifact-cache/config.yaml");
+fn serves(machine: &Machine, url: &str, content: &Content) {
+    assert_eq!(machine.get(8080, url), None, "internal networks are refused as installed");
+    let config = machine.file(CONFIG);
     let text = fs::read_to_string(&config).unwrap();
     fs::write(&config, text + "\nupstream:\n  allow_private_networks: [127.0.0.0/8]\n").unwrap();
     machine.run("systemctl", &["restart", "artifact-cache"]);
     for _ in 0..2 {
-        assert!(machine.get(8080, &url).as_deref() == Some(&content.bytes()), "{}", machine.journal());
+        assert!(machine.get(8080, url).as_deref() == Some(&content.bytes()), "{}", machine.journal());
     }
     let owner = machine.run(
         "stat",
@@ -231,7 +99,7 @@ fn serves(machine: &Machine, content: &Content) {
     }
 }
 
-fn a_hang_ends_in_a_restart(machine: &Machine, content: &Content) {
+fn a_hang_ends_in_a_restart(machine: &Machine, url: &str, content: &Content) {
     let dir = machine.file("/run/systemd/system/artifact-cache.service.d");
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join("watchdog.conf"), "[Service]\nWatchdogSec=2s\nRestartSec=100ms\n").unwrap();
@@ -240,52 +108,148 @@ fn a_hang_ends_in_a_restart(machine: &Machine, content: &Content) {
     let hung = machine.property("MainPID");
     machine.run("systemctl", &["kill", "--signal=STOP", "--kill-whom=main", "artifact-cache"]);
     eventually("it is killed and started again", || {
-        (machine.property("NRestarts") == "1" && machine.is_active(UNITS[0])).then_some(())
+        (machine.property("NRestarts") == "1" && machine.is_active(UNIT)).then_some(())
     });
     assert_ne!(machine.property("MainPID"), hung);
-    let again = machine.get(8080, &fetch_target("http://127.0.0.1:8000/a.bin"));
+    let again = machine.get(8080, url);
     assert!(again.as_deref() == Some(&content.bytes()), "nothing is lost: {}", machine.journal());
     fs::remove_file(dir.join("watchdog.conf")).unwrap();
     machine.run("systemctl", &["daemon-reload"]);
 }
 
-fn sockets_start_it(machine: &Machine, content: &Content) {
+fn sockets_start_it(machine: &Machine, url: &str, content: &Content) {
     machine.run("systemctl", &["stop", "artifact-cache"]);
     assert_eq!(machine.property("Result"), "success", "stopped well");
     machine.run("systemctl", &["start", UNITS[1], UNITS[2]]);
-    assert!(!machine.is_active(UNITS[0]));
-    let first = machine.get(8080, &fetch_target("http://127.0.0.1:8000/a.bin"));
+    assert!(!machine.is_active(UNIT));
+    let first = machine.get(8080, url);
     assert!(first.as_deref() == Some(&content.bytes()), "the request that starts it is answered");
-    assert!(machine.is_active(UNITS[0]));
+    assert!(machine.is_active(UNIT));
     assert!(machine.get(9090, "/metrics").is_some());
-    assert_eq!(machine.get(9090, &fetch_target("http://127.0.0.1:8000/a.bin")), None, "no /fetch here");
+    assert_eq!(machine.get(9090, url), None, "no /fetch here");
     assert!(
         machine.journal().contains(r#""api":"127.0.0.1:8080","metrics":"127.0.0.1:9090""#),
         "its own sockets"
     );
 }
 
-fn reinstall(machine: &Machine, content: &Content) {
+fn reinstall(machine: &Machine, url: &str, content: &Content) {
     let before = machine.property("MainPID");
     machine.run("dpkg", &["--install", "/root/artifact-cache.deb"]);
-    assert!(machine.is_active(UNITS[0]));
+    assert!(machine.is_active(UNIT));
     assert_ne!(machine.property("MainPID"), before, "the new version runs");
     // It would be 403 if the changed configuration had been replaced and the hit lost.
-    let hit = machine.get(8080, &fetch_target("http://127.0.0.1:8000/a.bin"));
+    let hit = machine.get(8080, url);
     assert!(hit.as_deref() == Some(&content.bytes()), "configuration and archive stay");
+}
+
+fn a_service_that_cannot_start_is_installed_all_the_same(machine: &Machine) {
+    let config = machine.file(CONFIG);
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text + "\nnonsense: true\n").unwrap();
+    let said = machine.run("dpkg", &["--install", "/root/artifact-cache.deb"]);
+    assert!(said.contains("artifact-cache: installed, but it does not start"), "{said}");
+    assert_eq!(about(machine, "${db:Status-Status}"), "installed");
+    assert!(!machine.is_active(UNIT));
+    assert!(machine.journal().contains("nonsense"), "the journal has the reason: {}", machine.journal());
 }
 
 fn remove_and_purge(machine: &Machine) {
     machine.run("dpkg", &["--remove", "artifact-cache"]);
     assert_eq!(machine.get(8080, "/health"), None, "it is stopped");
     assert!(!machine.file("/usr/bin/artifact-cache").exists());
-    assert!(machine.file("/etc/artifact-cache/config.yaml").exists(), "removal keeps the configuration");
+    assert!(machine.file(CONFIG).exists(), "removal keeps the configuration");
     let said = machine.run("dpkg", &["--purge", "artifact-cache"]);
     assert!(said.contains("the archive stays in /var/lib/artifact-cache"), "{said}");
     assert!(machine.file("/var/lib/artifact-cache/metadata.db").exists(), "purging keeps the archive");
     let search = ["/", "-xdev", "-name", "*artifact-cache*", "-not", "-path", "/root/*"];
     let left = machine.run("find", &search);
     assert_eq!(left.trim(), "/var/lib/artifact-cache", "nothing else is left");
+}
+
+/// Makes an older version of a package: the same program under a lower number, with another configuration as installed.
+fn older(package: &Path, dir: &Path) -> PathBuf {
+    let (tree, older) = (dir.join("older"), dir.join("older.deb"));
+    let dpkg_deb = |options: &[&str], from: &Path, to: &Path| {
+        let done = Command::new("dpkg-deb").args(options).args([from, to]).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+    };
+    dpkg_deb(&["--raw-extract"], package, &tree);
+    let (control, config) = (tree.join("DEBIAN/control"), tree.join(&CONFIG[1..]));
+    let text = fs::read_to_string(&control).unwrap();
+    let lower = text.replace(concat!("Version: ", env!("CARGO_PKG_VERSION")), "Version: 0.0.1");
+    assert_ne!(lower, text);
+    fs::write(control, lower).unwrap();
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(config, text + "\n# As the older version had it.\n").unwrap();
+    dpkg_deb(&["-Zgzip", "-z1", "--root-owner-group", "--build"], &tree, &older);
+    older
+}
+
+/// apt as it is used unattended; what of it may not prompt is in docs/install.md.
+fn apt<'a>(package: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["install", "--yes", "--quiet", "-o", "Dpkg::Options::=--force-confold", package], more].concat()
+}
+
+#[test]
+fn an_upgrade_keeps_configuration_archive_and_unfinished_downloads() {
+    const CUT: u64 = 3 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (Some(package), Some(machine)) = (build_package(dir.path()), Machine::boot()) else { return };
+    machine.put(&older(&package, dir.path()), "/root/older.deb");
+    machine.put(&package, "/root/newer.deb");
+    let (up, small, large) = (machine.upstream(), Content::new(102, 300_000), Content::new(103, CUT + 1000));
+    let url = fetch_target(&up.serve("/a.bin", Reply::ok(&small)));
+    let (reply, cut) = (Reply::ok(&large).field("ETag", "\"one\""), large.clone());
+    let large_url = fetch_target(&up.on("/large.bin", move |x| match x.attempt {
+        1 => {
+            x.send(&reply.head(200, 0))?;
+            x.body(&cut, 0, CUT)?;
+            x.hang()
+        }
+        _ => x.reply(&reply),
+    }));
+
+    machine.run("apt-get", &apt("/root/older.deb", &[]));
+    let installed = fs::read_to_string(machine.file(CONFIG)).unwrap();
+    let configured = installed
+        .replace("  port: 8080\n", "  port: 8080\n  shutdown_grace_seconds: 0.1\n")
+        .replace("\nstorage:\n", "\nstorage:\n  checkpoint_bytes: 1MiB\n")
+        + "\nupstream:\n  allow_private_networks: [127.0.0.0/8]\n";
+    fs::write(machine.file(CONFIG), &configured).unwrap();
+    machine.run("systemctl", &["restart", UNIT]);
+    assert!(machine.get(8080, &url) == Some(small.bytes()), "{}", machine.journal());
+    std::thread::scope(|scope| {
+        let broken_off = scope.spawn(|| machine.get(8080, &large_url));
+        eventually("it is being downloaded", || {
+            let spool = fs::read_dir(machine.file("/var/lib/artifact-cache/cache/.spool")).unwrap();
+            let is_checkpoint =
+                |entry: fs::DirEntry| entry.file_name().to_string_lossy().ends_with(".checkpoint");
+            spool.flatten().any(is_checkpoint).then_some(())
+        });
+        machine.run("apt-get", &apt("/root/newer.deb", &[]));
+        assert_ne!(broken_off.join().unwrap(), Some(large.bytes()));
+    });
+
+    assert_eq!(about(&machine, "${Version}"), env!("CARGO_PKG_VERSION"));
+    assert!(machine.is_active(UNIT), "{}", machine.journal());
+    assert_eq!(machine.starts(), 3, "installed, configured, upgraded: {}", machine.journal());
+    assert_eq!(fs::read_to_string(machine.file(CONFIG)).unwrap(), configured);
+    assert!(machine.has(&format!("{CONFIG}.dpkg-dist")), "the new version's own is beside it");
+    assert!(machine.get(8080, &url) == Some(small.bytes()), "{}", machine.journal());
+    assert_eq!(up.count("/a.bin"), 1, "a hit after it");
+    assert!(machine.get(8080, &large_url) == Some(large.bytes()), "{}", machine.journal());
+    let ranges: Vec<_> =
+        up.requests("/large.bin").iter().map(|head| head.get("Range").map(String::from)).collect();
+    assert_eq!(ranges, [None, Some(format!("bytes={CUT}-"))], "it goes on where it was");
+
+    let refused = machine.run_refused("apt-get", &apt("/root/older.deb", &[]));
+    assert!(refused.contains("--allow-downgrades"), "{refused}");
+    assert_eq!((about(&machine, "${Version}").as_str(), machine.starts()), (env!("CARGO_PKG_VERSION"), 3));
+    machine.run("apt-get", &apt("/root/older.deb", &["--allow-downgrades"]));
+    assert_eq!((about(&machine, "${Version}").as_str(), machine.starts()), ("0.0.1", 4));
+    assert!(machine.get(8080, &url) == Some(small.bytes()), "{}", machine.journal());
+    assert_eq!(fs::read_to_string(machine.file(CONFIG)).unwrap(), configured);
 }
 
 #[test]
