@@ -145,29 +145,44 @@ fn io_details(cause: &io::Error) -> String {
 
 const MOUNT_WRITABLE: &str = "; mount it writable";
 
+/// What a path is to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum PathKind {
+    /// A directory, made with its parents.
+    Directory,
+    /// A file, with others beside it.
+    File,
+}
+
 /// What makes a path usable that this process can't read and write, to be put behind the error: a command, or nothing.
 ///
 /// `path` is a file or directory that is to be used, or to be made; `failure`, where it is known, is what came of that.
-pub fn cure_for_path(path: &Path, failure: Option<io::ErrorKind>) -> String {
+pub fn cure_for_path(path: &Path, wanted: PathKind, failure: Option<io::ErrorKind>) -> String {
     // After an error the kernel refuses writes without showing it to access(2).
     if failure == Some(io::ErrorKind::ReadOnlyFilesystem) {
         return MOUNT_WRITABLE.to_owned();
     }
     let exists = |path: &&Path| !path.as_os_str().is_empty() && path.symlink_metadata().is_ok();
     let Some(found) = path.ancestors().find(exists) else { return String::new() };
-    let wanted = if found.is_dir() {
+    let access = if found.is_dir() {
         Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK
     } else {
         Access::READ_OK | Access::WRITE_OK
     };
-    match rustix::fs::access(found, wanted) {
+    match rustix::fs::access(found, access) {
         Err(rustix::io::Errno::ACCESS) => {}
         Err(rustix::io::Errno::ROFS) => return MOUNT_WRITABLE.to_owned(),
         _ => return String::new(),
     }
     let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
     let owner_is_us = |path: &Path| path.metadata().is_ok_and(|found| found.uid() == uid);
-    let is_empty = |dir: &Path| fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    // A fresh file system has `lost+found`, the `data` of a fresh clone a `.gitkeep`.
+    let is_nothing = |name: &str| [".gitkeep", "lost+found"].contains(&name);
+    let is_empty = |dir: &Path| {
+        fs::read_dir(dir).is_ok_and(|entries| {
+            entries.flatten().all(|entry| is_nothing(&entry.file_name().to_string_lossy()))
+        })
+    };
     // Only what is surely meant for this service: the path itself, an empty directory, such as a fresh volume, or one
     // that is ours already. A chown of any other might be one of the system's.
     let command = match found.parent() {
@@ -176,6 +191,12 @@ pub fn cure_for_path(path: &Path, failure: Option<io::ErrorKind>) -> String {
         }
         _ if !found.is_dir() => format!("chown {uid}:{gid} {}", found.display()),
         _ if found == path || is_empty(found) => format!("chown -R {uid}:{gid} {}", found.display()),
+        _ if wanted == PathKind::File => {
+            return format!(
+                "; the service runs as {uid}:{gid} and must be able to write to {}",
+                found.display()
+            );
+        }
         _ => format!("mkdir -p {0} && chown -R {uid}:{gid} {0}", path.display()),
     };
     format!(

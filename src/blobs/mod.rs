@@ -33,7 +33,7 @@ use tokio::sync::Semaphore;
 use crate::{
     artifact::Digest,
     config::Storage,
-    error::{Error, cure_for_path},
+    error::{Error, PathKind, cure_for_path},
     kill_point,
     sync::{Mutex, MutexGuard},
 };
@@ -61,7 +61,7 @@ const SPOOL_POOL_BYTES: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// A directory or file can't be made or used.
-    #[error("can't use storage.base_path: {path}: {cause}{}", cure_for_path(path, Some(cause.kind())))]
+    #[error("can't use storage.base_path: {path}: {cause}{}", cure_for_path(path, PathKind::Directory, Some(cause.kind())))]
     Io {
         /// The path that failed.
         path: PathBuf,

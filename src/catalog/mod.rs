@@ -31,7 +31,7 @@ use rusqlite::Connection;
 
 use crate::{
     artifact::{Digest, Version},
-    error::{Error, cure_for_path},
+    error::{Error, PathKind, cure_for_path},
 };
 pub use deletion::{Deleted, Editor, Removed};
 pub use detached::{CopyError, Detached, RecordedBlob};
@@ -87,7 +87,7 @@ pub struct Totals {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// SQLite refuses.
-    #[error("can't open the database {path}: {cause}{}", cure_for_path(path, None))]
+    #[error("can't open the database {path}: {cause}{}", cure_for_path(path, PathKind::File, None))]
     Sqlite {
         /// `storage.database`.
         path: PathBuf,
@@ -95,7 +95,7 @@ pub enum OpenError {
         cause: rusqlite::Error,
     },
     /// The directory or the lock file can't be made.
-    #[error("can't open the database {path}: {cause}{}", cure_for_path(path, Some(cause.kind())))]
+    #[error("can't open the database {path}: {cause}{}", cure_for_path(path, PathKind::File, Some(cause.kind())))]
     Io {
         /// `storage.database`, or the lock beside it.
         path: PathBuf,

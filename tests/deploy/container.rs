@@ -1,8 +1,8 @@
 //! The container: built by buildah from the repository's Dockerfile, run without privileges, and the compose file.
 //!
 //! What is replaced is named here: the base is a Debian (and a bare C library) made on this machine instead of a pulled
-//! image, and the builder's `cargo` hands over the program that the tests have, instead of compiling for minutes. All
-//! other lines of the Dockerfile are carried out as they are.
+//! image, and the builder's `cargo` hands over the program that the tests have, instead of compiling for minutes: that it
+//! does in `compose`. All other lines of the Dockerfile are carried out as they are.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -316,6 +316,17 @@ fn check_wrong_owners(builder: &Builder, container: &str) {
     let refused =
         |data: &Path| Container::start(builder, container, data).err().expect("it refuses to start");
     assert_names(&refused(&data), "/data/cache", "chown -R 1000:1000 /data ");
+    // In the repository it is not quite empty, nor is a fresh file system.
+    fs::write(data.join(".gitkeep"), "").unwrap();
+    fs::create_dir(data.join("lost+found")).unwrap();
+    assert_names(&refused(&data), "/data/cache", "chown -R 1000:1000 /data ");
+    // The artifacts' directory alone was mended.
+    fs::create_dir(data.join("cache")).unwrap();
+    chown(data.join("cache"), Some(1000), Some(1000)).unwrap();
+    let said = refused(&data);
+    assert_names(&said, "/data/metadata.db", "must be able to write to /data");
+    assert!(!said.contains("mkdir"), "the database is no directory: {said}");
+    fs::remove_dir_all(data.join("cache")).unwrap();
     // An archive that root copied.
     chown(&data, Some(1000), Some(1000)).unwrap();
     fs::create_dir(data.join("cache")).unwrap();

@@ -144,13 +144,7 @@ impl Machine {
 
     /// An upstream of the tests on its loopback.
     pub fn upstream(&self) -> Upstream {
-        let network = File::open(format!("/proc/{}/ns/net", self.init())).unwrap();
-        // A listener belongs to the network of the thread that made it, whoever accepts from it.
-        let start = move || {
-            move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-            Upstream::start()
-        };
-        std::thread::spawn(start).join().unwrap()
+        on_network_of(&self.init(), Upstream::start)
     }
 
     /// A file of the machine, seen from outside.
@@ -167,6 +161,17 @@ impl Machine {
     pub fn put(&self, from: &Path, to: &str) {
         fs::copy(from, self.file(to)).unwrap();
     }
+}
+
+/// Does `act` on the network of this process. A socket made there belongs to that network, whoever uses it afterwards.
+pub fn on_network_of<T: Send>(process: &str, act: impl FnOnce() -> T + Send) -> T {
+    let network = File::open(format!("/proc/{process}/ns/net")).unwrap();
+    let there = || {
+        move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        act()
+    };
+    // A thread of its own, since it can't be moved back.
+    std::thread::scope(|scope| scope.spawn(there).join()).unwrap_or_else(|e| std::panic::resume_unwind(e))
 }
 
 impl Drop for Machine {

@@ -20,7 +20,9 @@ mod proxies;
 #[path = "../clients/support.rs"]
 mod support;
 
+mod compose;
 mod container;
+mod engine;
 mod fronts;
 mod machine;
 mod package;
