@@ -29,7 +29,7 @@ use tokio::time::{timeout, timeout_at};
 use crate::{
     artifact::{CacheStatus, Digest, Streaming, Version, Want, media},
     blobs::{Blobs, Held, SpoolFile},
-    catalog::{Artifact, Blob, Catalog, CopyError, Totals},
+    catalog::{Artifact, Blob, Catalog, CopyError, Pace, Totals},
     config::Config,
     error::Error,
     kill_point,
@@ -340,9 +340,9 @@ impl Cache {
 
     /// Takes a snapshot of the database. Of the earlier ones so many stay that there are `kept`, or all while the
     /// database is in doubt. Blocks.
-    pub fn take_snapshot(&self, kept: usize) -> Result<PathBuf, CopyError> {
+    pub fn take_snapshot(&self, kept: usize, pace: Pace) -> Result<PathBuf, CopyError> {
         let kept = if self.archive() == Archive::Known { kept } else { usize::MAX };
-        let taken = self.catalog.take_snapshot(self.limits.min_free_bytes, kept);
+        let taken = self.catalog.take_snapshot(self.limits.min_free_bytes, kept, pace);
         self.last_snapshot();
         taken
     }

@@ -74,6 +74,10 @@ pub struct RecordedBlob {
     pub is_named: bool,
 }
 
+/// Called again and again while a database is copied: may sleep, so that others come first, and ends the copying by
+/// returning true.
+pub type Pace = Box<dyn FnMut() -> bool + Send>;
+
 /// A database file that nobody else uses.
 #[derive(Debug)]
 pub struct Detached {
@@ -82,12 +86,13 @@ pub struct Detached {
 }
 
 impl Detached {
-    /// Copies a database that may be in use to a new file `to`, in the state of one moment, and syncs it.
-    pub fn snapshot_of(database: &Path, to: &Path) -> Result<Detached, CopyError> {
+    /// Copies a database that may be in use to a new file `to`, in the state of one moment, and syncs it; as fast as
+    /// it can, or at somebody's pace.
+    pub fn snapshot_of(database: &Path, to: &Path, pace: Option<Pace>) -> Result<Detached, CopyError> {
         clear(to)?;
         let refused = |cause| CopyError::Sqlite { path: database.to_owned(), cause };
-        let source = sqlite::open_existing(database).map_err(refused)?;
-        let copied = sqlite::vacuum_into(&source, to).map_err(refused);
+        let mut source = sqlite::open_existing(database).map_err(refused)?;
+        let copied = sqlite::vacuum_into(&mut source, to, pace).map_err(refused);
         if let Err(error) = copied {
             clear(to)?;
             return Err(error);

@@ -34,7 +34,7 @@ use crate::{
     error::{Error, PathKind, cure_for_path},
 };
 pub use deletion::{Deleted, Editor, Removed};
-pub use detached::{CopyError, Detached, RecordedBlob};
+pub use detached::{CopyError, Detached, Pace, RecordedBlob};
 pub use examine::{Examined, examine};
 use integrity::Finding;
 pub use integrity::{Blob, Inspection};
@@ -404,8 +404,8 @@ impl Catalog {
     }
 
     /// Takes a snapshot, keeps `kept` in all, and leaves `min_free_bytes` of the disk free. Blocks.
-    pub fn take_snapshot(&self, min_free_bytes: u64, kept: usize) -> Result<PathBuf, CopyError> {
-        snapshots::take(&self.path, min_free_bytes, kept)
+    pub fn take_snapshot(&self, min_free_bytes: u64, kept: usize, pace: Pace) -> Result<PathBuf, CopyError> {
+        snapshots::take(&self.path, min_free_bytes, kept, pace)
     }
 
     /// Writes the access counts and empties the WAL into the database, so that a plain copy of it is whole.

@@ -11,7 +11,7 @@ use std::{
 
 use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 
-use super::detached::{CopyError, Detached, io_at, sync_parent};
+use super::detached::{CopyError, Detached, Pace, io_at, sync_parent};
 
 const INFIX: &str = ".snapshot-";
 const UNFINISHED: &str = ".snapshot.new";
@@ -59,13 +59,18 @@ pub fn now() -> String {
 /// Takes a snapshot and removes the oldest ones beyond `kept`, never the one just taken. Those with a later name are
 /// from a clock that was ahead, or it is behind now: they neither count nor go. Blocks; readers and writers of the
 /// database go on meanwhile.
-pub(super) fn take(database: &Path, min_free_bytes: u64, kept: usize) -> Result<PathBuf, CopyError> {
+pub(super) fn take(
+    database: &Path,
+    min_free_bytes: u64,
+    kept: usize,
+    pace: Pace,
+) -> Result<PathBuf, CopyError> {
     check_room(database, min_free_bytes)?;
     let failed = io_at(database);
     let name = |suffix: &str| place(database, suffix).map(|(dir, name)| dir.join(name));
     let names = name(UNFINISHED).zip(name(&format!("{INFIX}{}", now())));
     let (unfinished, path) = names.ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
-    drop(Detached::snapshot_of(database, &unfinished)?);
+    drop(Detached::snapshot_of(database, &unfinished, Some(pace))?);
     fs::rename(&unfinished, &path).map_err(io_at(&path))?;
     sync_parent(&path)?;
     let mut older = list(database).map_err(&failed)?;

@@ -115,7 +115,7 @@ pub(super) fn backup(config: &Config, args: &BackupArgs) -> Outcome {
     fs::create_dir_all(dir.join(CACHE)).map_err(at(dir))?;
     let _alone = lock(dir)?;
     let _no_deletion = SweepLock::shared(&storage.base_path).map_err(at(&storage.base_path))?;
-    let snapshot = Detached::snapshot_of(&storage.database, &dir.join("metadata.db.new"))?;
+    let snapshot = Detached::snapshot_of(&storage.database, &dir.join("metadata.db.new"), None)?;
     kill_point::pass("backup.snapshotted");
     if args.verify {
         snapshot.look_through()?;

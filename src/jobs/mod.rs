@@ -72,7 +72,7 @@ async fn take_census(cache: &Arc<Cache>, stop: &CancellationToken) {
 
 async fn take_snapshots(cache: &Arc<Cache>, kept: usize, stop: &CancellationToken) {
     loop {
-        if let Err(error) = snapshot::run_once(cache, kept).await {
+        if let Err(error) = snapshot::run_once(cache, kept, stop).await {
             tracing::warn!(error = %error, "no snapshot of the database, will be tried again");
         }
         if stops_within(SNAPSHOT_CHECK_EVERY, stop).await {

@@ -101,6 +101,32 @@ fn a_snapshot_a_day_whatever_the_restarts() {
 }
 
 #[test]
+fn a_snapshot_under_way_does_not_delay_the_end() {
+    let mut service = Service::new().start();
+    add(&Upstream::start(), &service, 5_150);
+    service.term();
+    let db = rusqlite::Connection::open(service.service().database()).unwrap();
+    db.execute_batch(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)
+         INSERT INTO versions (source_url, content_hash, file_size) SELECT 'http://made.up/' || i, i, 1 FROM n",
+    )
+    .unwrap();
+    drop(db);
+    let mut service = service.again().start();
+    let unfinished = PathBuf::from(format!("{}.snapshot.new", service.service().database().display()));
+    eventually("a snapshot is begun", || unfinished.exists().then_some(()));
+    service.term();
+    assert_eq!(snapshots(service.service()), Vec::<PathBuf>::new(), "neither a part nor a whole one");
+    // The copying reads the log; while it does, the log can't be emptied.
+    let log = format!("{}-wal", service.service().database().display());
+    assert!(fs::metadata(log).map_or(true, |log| log.len() == 0), "a plain copy is whole");
+    let mut service = service.again().start();
+    service.wait_log("a snapshot", |line| line["msg"] == "snapshot of the database taken");
+    assert_eq!(snapshots(service.service()).len(), 1);
+    service.term();
+}
+
+#[test]
 fn a_damaged_database_is_refused_with_the_cure_and_the_cure_works() {
     let up = Upstream::start();
     let (mut service, kept) = with_snapshot(&up, 3);
