@@ -30,6 +30,10 @@ const TICK: Duration = Duration::from_millis(500);
 const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// Records put into one transaction; more only make the first wait longer.
 const BATCH: usize = 256;
+/// Access counts put into one transaction at least, and transactions that those of a tick are put into at most. A record
+/// waits for one transaction only, and on a single processor a hit for what one has to write; but each costs a sync.
+const COUNTS: usize = 64;
+const COUNT_TRANSACTIONS: usize = 16;
 
 /// What is dropped when a record is durable or has failed.
 type Claim = Box<dyn Send>;
@@ -57,6 +61,8 @@ impl Writer {
             db,
             status,
             accesses: accesses.clone(),
+            counted: Vec::new(),
+            at_a_time: COUNTS,
             seen: None,
             dirty_since: None,
             last_probe: Instant::now(),
@@ -123,6 +129,9 @@ struct Work {
     db: Connection,
     status: Arc<Status>,
     accesses: Arc<Mutex<HashMap<i64, u64>>>,
+    /// Taken from `accesses` and not written yet; and how many of them go into one transaction.
+    counted: Vec<(i64, u64)>,
+    at_a_time: usize,
     /// The `data_version` last seen.
     seen: Option<i64>,
     /// When the WAL last got something that is not in the database yet.
@@ -138,7 +147,8 @@ impl Work {
             // Before anything else, or a steady stream of commands would keep the ticks waiting for ever.
             if Instant::now() >= next_tick {
                 self.tick();
-                next_tick = Instant::now() + TICK;
+                let rest = if self.counted.is_empty() { TICK } else { Duration::ZERO };
+                next_tick = Instant::now() + rest;
             }
             match waiting.recv_timeout(next_tick.saturating_duration_since(Instant::now())) {
                 // A panic fails what was asked for, whose reply is dropped, and nothing after it: SQLite takes back the
@@ -237,17 +247,18 @@ impl Work {
         }
     }
 
+    /// Writes one transaction of access counts, if there are any.
     fn write_accesses(&mut self) {
-        let counted = std::mem::take(&mut *self.accesses.lock().unwrap_or_else(PoisonError::into_inner));
-        if counted.is_empty() {
+        if self.counted.is_empty() {
+            let accesses = std::mem::take(&mut *self.accesses.lock().unwrap_or_else(PoisonError::into_inner));
+            self.counted = accesses.into_iter().collect();
+            self.at_a_time = self.counted.len().div_ceil(COUNT_TRANSACTIONS).max(COUNTS);
+        }
+        if self.counted.is_empty() {
             return;
         }
-        let written = (|| {
-            self.settle()?;
-            let tx = self.db.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-            sqlite::add_accesses(&tx, counted.iter().map(|(&id, &count)| (id, count)))?;
-            tx.commit()
-        })();
+        let rest = self.counted.len().saturating_sub(self.at_a_time);
+        let written = self.settle().and_then(|()| sqlite::add_accesses(&mut self.db, &self.counted[rest..]));
         let is_known = self.status.read_only.load(Ordering::Relaxed);
         self.note(written.as_ref().err());
         if let Err(cause) = written {
@@ -255,8 +266,9 @@ impl Work {
                 tracing::warn!(error = %cause, "access counts not written, will be tried again");
             }
             let mut accesses = self.accesses.lock().unwrap_or_else(PoisonError::into_inner);
-            counted.into_iter().for_each(|(id, count)| *accesses.entry(id).or_default() += count);
+            self.counted.drain(..).for_each(|(id, count)| *accesses.entry(id).or_default() += count);
         }
+        self.counted.truncate(rest);
     }
 
     /// Keeps in mind what a write came to.
@@ -329,7 +341,11 @@ impl Work {
     }
 
     fn write_out(&mut self) {
+        // What fails is taken back, and nothing is left to be written now.
         self.write_accesses();
+        while !self.counted.is_empty() {
+            self.write_accesses();
+        }
         self.checkpoint();
     }
 }

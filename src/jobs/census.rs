@@ -10,8 +10,8 @@ use crate::{cache::Cache, error::Error};
 
 /// Times as long as a step took are waited before the next: the census gets a tenth of one processor and disk at most.
 const REST: u32 = 9;
-/// Blobs asked for in a step: under a millisecond, so that on a single processor no request waits for it.
-const STEP: usize = 32;
+/// Blobs asked for in a step: some hundred microseconds, so that on a single processor no request waits for it.
+const STEP: usize = 8;
 
 /// Goes through the whole store once.
 pub(super) async fn run_once(cache: &Arc<Cache>, stop: &CancellationToken) -> Result<(), Error> {

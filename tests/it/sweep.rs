@@ -224,22 +224,31 @@ fn deleting_and_fetching_at_once_never_fails_a_client() {
     let (up, service) = (Upstream::start(), eager().start());
     let content = Content::new(908, 30_000);
     let urls: Vec<String> = (0..3).map(|n| up.serve(&format!("/same/{n}"), Reply::ok(&content))).collect();
-    let is_over = AtomicBool::new(false);
+    let (is_over, is_quiet) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
         for url in &urls {
             let (service, content) = (&service, &content);
-            let is_over = &is_over;
+            let (is_over, is_quiet) = (&is_over, &is_quiet);
             scope.spawn(move || {
                 while !is_over.load(Ordering::Relaxed) {
-                    service.fetch(url).assert_ok(&content.bytes());
+                    match is_quiet.load(Ordering::Relaxed) {
+                        true => std::thread::sleep(Duration::from_millis(1)),
+                        false => drop(service.fetch(url).assert_ok(&content.bytes())),
+                    }
                 }
             });
         }
+        // About the time from one sweep to the next, so that clients come back before one, after it and in its midst.
+        let mut rests = (0..).map(|n| Duration::from_millis(300 + n * 37 % 300));
         let deadline = Instant::now() + PATIENCE;
         while service.metric(SWEPT) < SWEEPS && Instant::now() < deadline {
             // Also all at once, or somebody would always have it and nothing were swept.
             let output = delete(service.service(), &urls.iter().map(String::as_str).collect::<Vec<_>>());
             assert!(matches!(output.status.code(), Some(0 | 3)), "{}", text(&output.stderr));
+            // Otherwise the clients might always have it back before the sweep comes.
+            is_quiet.store(true, Ordering::Relaxed);
+            std::thread::sleep(rests.next().unwrap());
+            is_quiet.store(false, Ordering::Relaxed);
         }
         is_over.store(true, Ordering::Relaxed);
     });
