@@ -2,7 +2,8 @@
 //! the test's own.
 //!
 //! What the engine would pull is named as there and made here: the Rust image is a Debian with a C compiler and this
-//! machine's Rust, the base is that Debian. Cargo really builds the release in there, so this takes minutes.
+//! machine's Rust, the base is that Debian. Cargo really builds the release in there, which takes minutes; unless
+//! `ARTIFACT_CACHE_TEST_SHIPPED` is set, without optimising it.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -48,8 +49,10 @@ impl Checkout {
         packed.extend(["--directory", text(&compiler), "--exclude=usr/share", "usr"]);
         packed.extend(["--directory", &sysroot, "bin", "lib"]);
         packed.extend(["--directory", text(&crates), "registry/index", "registry/cache"]);
-        let named = builder_image();
-        engine.image(&packed, &["build", "--quiet", "--file", "builder.Dockerfile", "--tag", &named, "-"]);
+        let (named, profile) = (builder_image(), profile());
+        let build =
+            ["build", "--quiet", "--file", "builder.Dockerfile", "--target", profile, "--tag", &named, "-"];
+        engine.image(&packed, &build);
         eprintln!("the images that would be pulled: {} s", began.elapsed().as_secs());
         Some(Checkout { engine, directory })
     }
@@ -136,6 +139,11 @@ fn cargo_home() -> PathBuf {
     std::env::var_os("CARGO_HOME").map_or_else(home, PathBuf::from)
 }
 
+/// Which of the images of `builder.Dockerfile` is taken.
+fn profile() -> &'static str {
+    if std::env::var_os("ARTIFACT_CACHE_TEST_SHIPPED").is_some() { "shipped" } else { "quick" }
+}
+
 /// The image that the Dockerfile builds with.
 fn builder_image() -> String {
     let file = fs::read_to_string(root().join("Dockerfile")).unwrap();
@@ -193,7 +201,11 @@ fn builds_and_names_the_cure_of_a_wrong_owner(checkout: &Checkout) {
     let took = began.elapsed().as_secs();
     let size = |image: &str| checkout.engine.inspect("image", image, "{{.Size}}").parse::<u64>().unwrap();
     let (all, base) = (size("artifact-cache"), size("debian:bookworm-slim"));
-    eprintln!("docker-compose up -d: {took} s; the image is {all} bytes, {} on its base", all - base);
+    eprintln!(
+        "docker-compose up -d, {}: {took} s; the image is {all} bytes, {} on its base",
+        profile(),
+        all - base
+    );
     let cure = format!("chown -R {OWNER} /data ");
     eventually("the log has the cure", || checkout.run(&["logs"]).contains(&cure).then_some(()));
     checkout.chown(OWNER);
