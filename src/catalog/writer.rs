@@ -265,10 +265,15 @@ impl Work {
             if !is_known {
                 tracing::warn!(error = %cause, "access counts not written, will be tried again");
             }
-            let mut accesses = self.accesses.lock().unwrap_or_else(PoisonError::into_inner);
-            self.counted.drain(..).for_each(|(id, count)| *accesses.entry(id).or_default() += count);
+            self.take_back();
         }
         self.counted.truncate(rest);
+    }
+
+    /// What is not written yet belongs to what is counted from now on.
+    fn take_back(&mut self) {
+        let mut accesses = self.accesses.lock().unwrap_or_else(PoisonError::into_inner);
+        self.counted.drain(..).for_each(|(id, count)| *accesses.entry(id).or_default() += count);
     }
 
     /// Keeps in mind what a write came to.
@@ -341,7 +346,8 @@ impl Work {
     }
 
     fn write_out(&mut self) {
-        // What fails is taken back, and nothing is left to be written now.
+        // A tick may be in the midst of its transactions; what was counted since then goes with the rest of them.
+        self.take_back();
         self.write_accesses();
         while !self.counted.is_empty() {
             self.write_accesses();
