@@ -5,7 +5,7 @@ from pathlib import Path
 
 import goals
 import plot
-from rows import base, ratios, short, spread
+from rows import base, columns, ratios, short, spread
 from servers import NAMES
 
 TEMPLATE = Path(__file__).resolve().parent / "performance.md.in"
@@ -38,20 +38,20 @@ def figure_text(servers, key, figure):
 
 def cell_table(cell, servers):
     """One measurement: a line a server, a column a figure, and the ratio of the first figure to nginx's."""
-    good = [figures for rounds in servers.values() for figures in rounds if "failed" not in figures]
+    good = [seen for rounds in servers.values() for seen in rounds if "failed" not in seen]
     if not good:
         return f"**{cell}**: nothing could be measured.\n"
-    columns = list(good[0])
+    figures = columns(good)
     nginx = base(servers)
-    header = ["", *(TITLES.get(figure, figure) for figure in columns), *([f"to {NAMES[nginx]}"] if nginx else [])]
+    header = ["", *(TITLES.get(figure, figure) for figure in figures), *([f"to {NAMES[nginx]}"] if nginx else [])]
     lines = []
     for key in servers:
-        if not spread(servers, key, columns[0]):
+        if not spread(servers, key, figures[0]):
             lines.append([NAMES.get(key, key), "failed", *[""] * (len(header) - 2)])
             continue
-        line = [NAMES.get(key, key), *(figure_text(servers, key, figure) for figure in columns)]
+        line = [NAMES.get(key, key), *(figure_text(servers, key, figure) for figure in figures)]
         if nginx:
-            ratio = ratios(servers, key, columns[0], nginx)
+            ratio = ratios(servers, key, figures[0], nginx)
             line.append(f"{ratio:.2f}" if ratio else "–")
         lines.append(line)
     return f"**{cell}**\n\n{table(header, lines)}\n"

@@ -110,13 +110,18 @@ class Bench:
                 print(f"  {NAMES[key]:30} failed: {rounds[-1]['failed']}")
                 continue
             texts = []
-            for figure in good[0]:
+            for figure in columns(good):
                 low, mid, high = spread(servers, key, figure)
                 texts.append(f"{figure} {short(mid)} ({short(low)}–{short(high)})")
             ratio = ratios(servers, key, next(iter(good[0])), base(servers))
             texts[0] += f" ×{ratio:.2f}" if ratio else ""
             lost = f"; {len(rounds) - len(good)} failed" if len(good) < len(rounds) else ""
             print(f"  {NAMES[key]:30} {'; '.join(texts)}{lost}", flush=True)
+
+
+def columns(rounds):
+    """Every figure that any of these rounds has, in their order."""
+    return list(dict.fromkeys(figure for figures in rounds for figure in figures))
 
 
 def spread(servers, key, figure):
@@ -199,7 +204,10 @@ def cold(bench):
 def miss(bench):
     """What isn't there yet: large, small, and from a slow origin."""
     rounds = 2 if bench.options.quick else min(bench.options.rounds, 5)
-    bench.results["miss 1 GiB, curl -o"] = {"curl": [curl(bench) for _ in range(rounds)]}
+    alone = [curl(bench) for _ in range(rounds)]
+    for cell, took in zip(("miss 1 GiB, curl -o", "miss 1 GiB, curl -o and fdatasync"), zip(*alone)):
+        bench.results[cell] = {"curl": [{"wall_s": seconds} for seconds in took]}
+        bench.show(cell)
     bench.interleaved("miss 1 GiB", MISSERS, lambda s: one_miss(bench, s, fresh("1g")), rounds)
 
     def both_cores(server):
@@ -225,14 +233,18 @@ def settle():
 
 
 def curl(bench):
+    """How long a client alone takes, without and with what the disk needs until it has it for good."""
     settle()
     target = bench.fleet.work / "curl.out"
     url = f"http://127.0.0.1:{bench.fleet.origin.port}/1g"
     began = time.time()
     subprocess.run(machine.pinned("server", ["curl", "-s", "-o", str(target), url]), check=True, timeout=120)
     took = time.time() - began
+    with target.open("rb") as file:
+        os.fdatasync(file.fileno())
+    durable = time.time() - began
     target.unlink()
-    return {"wall_s": took}
+    return took, durable
 
 
 def one_miss(bench, server, name):

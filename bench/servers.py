@@ -28,6 +28,7 @@ NAMES = {
     "ats": "Traffic Server",
     "squid": "Squid",
     "caddy": "Caddy",
+    "curl": "curl",
 }
 START_SECONDS = 30
 STOP_SECONDS = 15
