@@ -225,7 +225,7 @@ impl Cache {
             } else if !std::mem::replace(&mut is_counted, true) {
                 self.metrics.collapsed_requests.inc();
             }
-            if let Some(content) = self.follow(want, &joined, asked).await? {
+            if let Some(content) = Box::pin(self.follow(want, &joined, asked)).await? {
                 return Ok(Fetched { status: CacheStatus::Miss, collapsed: !joined.leads, content });
             }
         }

@@ -19,6 +19,7 @@ use std::{
 };
 
 use http::Version;
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -30,6 +31,12 @@ use crate::config::Server;
 
 /// RFC 9110, section 15.5.9.
 const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+/// How many bytes may wait in a socket that TCP can't send yet. The kernel's own limit is 4 MiB, and what waits there is sent
+/// off when the client acknowledges what came before, on this machine by whatever the client's core does. Written when it
+/// can be sent, 1 GiB to each of eight clients arrives a fifth faster, and a slow client holds less memory of the kernel's
+/// (`docs/performance.md`).
+const NOT_SENT_BYTES: u32 = 128 * 1024;
 
 /// All connections.
 #[derive(Debug)]
@@ -71,6 +78,17 @@ pub(super) struct Connection {
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Connection>);
 
+/// Sets what every connection of a listener inherits.
+///
+/// # Errors
+/// What the kernel says.
+pub(super) fn prepare(listener: &TcpListener) -> io::Result<()> {
+    let listener = SockRef::from(listener);
+    // Answers are written whole; waiting to fill a packet would only delay their ends.
+    listener.set_tcp_nodelay(true)?;
+    listener.set_tcp_notsent_lowat(NOT_SENT_BYTES)
+}
+
 impl Registry {
     pub(super) fn new(config: &Server) -> Arc<Registry> {
         // The other half of the descriptors is for artifacts, downloads and the database.
@@ -111,9 +129,6 @@ impl Registry {
                 break place;
             }
         };
-        // Answers are written whole; waiting to fill a packet would only delay their ends.
-        // It only fails on a connection that is gone already.
-        let _ = stream.set_nodelay(true);
         let connection = Arc::new(Connection {
             peer,
             peer_text: peer.to_string(),
@@ -325,9 +340,17 @@ impl Socket {
         loop {
             ready!(self.stream.poll_write_ready(cx))?;
             let promises = &self.connection.promises;
-            let sent = self
-                .stream
-                .try_io(Interest::WRITABLE, || sendfile::send(&self.stream, promises, before, promise));
+            let wanted = before.iter().map(|slice| slice.len()).sum::<usize>() + promise.len();
+            let mut filled = None;
+            let sent = self.stream.try_io(Interest::WRITABLE, || {
+                let sent = sendfile::send(&self.stream, promises, before, promise)?;
+                // Else hyper would try again at once, to be told what a cheaper call can say.
+                filled = (sent < wanted && sendfile::is_full(&self.stream)).then_some(sent);
+                if filled.is_some() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(sent) }
+            });
+            if let Some(sent) = filled {
+                return Poll::Ready(Ok(sent));
+            }
             match sent {
                 Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
                 Err(cause) => {
@@ -401,5 +424,21 @@ impl AsyncWrite for Socket {
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_inherit_a_listeners_options() -> io::Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        prepare(&listener)?;
+        let _client = TcpStream::connect(listener.local_addr()?).await?;
+        let (accepted, _) = listener.accept().await?;
+        assert!(accepted.nodelay()?);
+        assert_eq!(SockRef::from(&accepted).tcp_notsent_lowat()?, NOT_SENT_BYTES);
+        Ok(())
     }
 }

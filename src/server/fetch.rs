@@ -123,7 +123,7 @@ async fn head(
     if want.only_if_cached {
         return Err(Error::NotCached { source_url: want.url.key().into() }.into());
     }
-    let head = app.cache.probe(want).await?;
+    let head = Box::pin(app.cache.probe(want)).await?;
     exchange.answered(CacheStatus::Miss, false);
     let origin = Origin { status: CacheStatus::Miss, collapsed: false, stored: false };
     let mut response = Response::new(ResponseBody::empty());

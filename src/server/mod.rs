@@ -63,7 +63,6 @@ use error::Refusal;
 
 /// Of a request's head.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
-const MAX_HEADERS: usize = 100;
 /// HTTP/2 streams of one connection.
 const MAX_STREAMS: u32 = 128;
 
@@ -100,6 +99,9 @@ pub async fn serve(app: Arc<App>, listeners: Vec<(TcpListener, Role)>, shutdown:
     let registry = Registry::new(&app.config.server);
     let tasks = TaskTracker::new();
     for (listener, role) in listeners {
+        if let Err(cause) = connection::prepare(&listener) {
+            tracing::warn!(error = %cause, "can't set the options of a listener's connections");
+        }
         tasks.spawn(accept(app.clone(), registry.clone(), listener, role, shutdown.clone(), tasks.clone()));
     }
     let reaper = tokio::spawn(registry.clone().reap());
@@ -155,10 +157,10 @@ async fn converse(
     let mut protocols = auto::Builder::new(TokioExecutor::new());
     protocols
         .http1()
+        // No limit on the number of headers is set: hyper's own is a hundred, and any other costs an allocation.
         .timer(TokioTimer::new())
         // The registry keeps the time: hyper's own time-out would also end an idle connection.
         .header_read_timeout(None)
-        .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD_BYTES);
     protocols
         .http2()
@@ -225,6 +227,7 @@ async fn route(
         // Nothing here has a use for a body, and one whose length two headers disagree on is an attack.
         return Err(Refusal::BadFraming);
     }
+    // The future of an answer is moved once for each request, which is felt when it is large: what hits don't need is boxed.
     match path {
         _ if role == Role::Api && (path == "/fetch" || path.starts_with("/fetch/")) => {
             Ok(fetch::fetch(app, connection, request, request_id).await)
@@ -232,10 +235,10 @@ async fn route(
         "/health" | "/api/stats" | "/metrics" if !is_read => Err(Refusal::MethodNotAllowed),
         "/health" => {
             let client = exchange::client_ip(app, connection.peer(), request.headers());
-            Ok(system::health(app, client).await)
+            Ok(Box::pin(system::health(app, client)).await)
         }
-        "/api/stats" => system::stats(app).await,
-        "/metrics" => system::metrics(app).await,
+        "/api/stats" => Box::pin(system::stats(app)).await,
+        "/metrics" => Box::pin(system::metrics(app)).await,
         _ => Err(Refusal::NotFound),
     }
 }

@@ -21,7 +21,11 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use rustix::{io::Errno, net::SendFlags};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    io::Errno,
+    net::SendFlags,
+};
 use tokio::net::TcpStream;
 
 use super::{body::Ending, connection::Connection};
@@ -147,6 +151,12 @@ pub(super) fn send(
         Err(Errno::INTR) => Err(io::ErrorKind::WouldBlock.into()),
         Err(cause) => Err(cause.into()),
     }
+}
+
+/// Whether the socket takes nothing now. If so, the kernel tells epoll when it does again.
+pub(super) fn is_full(stream: &TcpStream) -> bool {
+    let mut sockets = [PollFd::new(stream, PollFlags::OUT)];
+    matches!(rustix::event::poll(&mut sockets, Some(&Timespec::default())), Ok(0))
 }
 
 impl Promise {
