@@ -6,7 +6,7 @@ from rows import ratios, short, spread
 from servers import NAMES
 
 UNITS = {"rps": "req/s", "p99_ms": "ms", "gbps": "GB/s", "cpu_s_per_gb": "s/GB", "anon_mib": "MiB", "wall_s": "s",
-         "first_byte_ms": "ms", "mean_ms": "ms", "after_upstream_s": "s", "first_p50_s": "s", "probe_p99_ms": "ms",
+         "machine_cpu_s_per_gb": "s/GB", "first_byte_ms": "ms", "mean_ms": "ms", "after_upstream_s": "s", "first_p50_s": "s", "probe_p99_ms": "ms",
          "start_s": "s", "hot_extra_us": "µs", "cold_p99_ms": "ms", "stats_p99_ms": "ms"}
 LEVELS = ("must", "goal", "stretch")
 MORE = {"rps", "gbps", "complete"}
@@ -52,19 +52,23 @@ def goals(clients):
         cell = f"hit 1 GiB {times}"
         yield Goal(f"1 GiB {times}", cell, "gbps", ((1, "sf"), (factor, "sf"), (1, "varnish")))
         yield Goal(f"1 GiB {times}, anonymous memory", cell, "anon_mib", (None, None, 32))
-        yield Goal(f"1 GiB {times}, CPU", cell, "cpu_s_per_gb", ((1, "sf"), (0.8, "sf"), (1, "varnish")))
+        # Which process the kernel books the sending on depends on the server (see the document): ×1 keeps both busy
+        # anyway, at ×8 only what the machine spends tells what a hit costs.
+        what, figure = ("CPU", "cpu_s_per_gb") if times == "×1" else ("CPU of the machine", "machine_cpu_s_per_gb")
+        yield Goal(f"1 GiB {times}, {what}", cell, figure, ((1, "sf"), (0.8, "sf"), (1, "varnish")))
     yield Goal("random 64 KiB ranges c1", "range 64 KiB c1", "rps", ((0.9, "npoff"), (1, "npoff"), (1, "nosf")))
     yield Goal("random 64 KiB ranges c64", "range 64 KiB c64", "rps", ((0.8, "npoff"), (1, "nosf"), (1, "npoff")))
     yield Goal("/health p99 during cold reads", "cold 1 GiB ×2", "probe_p99_ms", ((2, "sf"), (1, "sf"), None))
     yield Goal("miss 1 GiB", "miss 1 GiB", "wall_s", ((1.25, "pc"), (1, "pc"), (1, "varnish-file")))
-    # On one core the digest alone is a third; where there is a second one, it is computed there.
-    yield Goal("miss 1 GiB, both cores", "miss 1 GiB, both cores", "wall_s",
-               ((1.25, "pc"), (1, "pc"), (1, "varnish-file")))
-    yield Goal("miss 1 GiB, against curl -o", "miss 1 GiB", "wall_s", (None, (1 / 0.9, "curl", "miss 1 GiB, curl -o"), None))
-    # The disk's own share: nobody else here waits until it has the whole.
-    yield Goal("miss 1 GiB, against curl -o and fdatasync", "miss 1 GiB", "wall_s",
+    # There the digest stands in line with everything else, and is a third of it.
+    yield Goal("miss 1 GiB, one core", "miss 1 GiB, one core", "wall_s", (None, (1, "pc"), (1, "varnish-file")))
+    # curl has one core; with fdatasync it has the disk's share too, which nobody else here waits for.
+    yield Goal("miss 1 GiB, one core, against curl -o", "miss 1 GiB, one core", "wall_s",
+               (None, (1 / 0.9, "curl", "miss 1 GiB, curl -o"), None))
+    yield Goal("miss 1 GiB, one core, against curl -o and fdatasync", "miss 1 GiB, one core", "wall_s",
                (None, None, (1, "curl", "miss 1 GiB, curl -o and fdatasync")))
-    yield Goal("miss 1 GiB, CPU", "miss 1 GiB", "cpu_s_per_gb", ((1.7, "pc"), (1.45, "pc"), (1.1, "pc")))
+    for cell in ("miss 1 GiB", "miss 1 GiB, one core"):
+        yield Goal(f"{cell}, CPU", cell, "cpu_s_per_gb", ((1.7, "pc"), (1.45, "pc"), (1.1, "pc")))
     yield Goal("miss 1 GiB, anonymous memory", "miss 1 GiB", "anon_mib", (64, 32, None))
     yield Goal("miss, first body byte at once", "slow miss 100 MiB", "first_byte_ms", (10, 5, (1, "pc")), "ours-s0")
     # nginx' usual setting stalls 40 ms at this size on loopback, which flatters everybody else: both are told.

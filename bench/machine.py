@@ -152,15 +152,22 @@ def anonymous_mib(pid):
     return kib / 1024
 
 
+def busy_seconds():
+    """Processor time of the whole machine, from the start on, that was neither idle nor waiting for a disk."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 class Watch:
-    """What a server costs while the `with` block runs: `cpu` seconds and `anon` MiB at the peak (every 50 ms)."""
+    """What a server costs while the `with` block runs: `cpu` seconds and `anon` MiB at the peak (every 50 ms), and
+    `machine_cpu`, the seconds of everybody on this machine."""
 
     def __init__(self, pid):
         self.pid = pid
 
     def __enter__(self):
         self.anon = anonymous_mib(self.pid)
-        self._cpu = cpu_seconds(self.pid)
+        self._cpu, self._machine_cpu = cpu_seconds(self.pid), busy_seconds()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -173,7 +180,7 @@ class Watch:
     def __exit__(self, *_):
         self._over.set()
         self._thread.join()
-        self.cpu = cpu_seconds(self.pid) - self._cpu
+        self.cpu, self.machine_cpu = cpu_seconds(self.pid) - self._cpu, busy_seconds() - self._machine_cpu
         self.anon = max(self.anon, anonymous_mib(self.pid))
 
 

@@ -11,6 +11,7 @@ from servers import NAMES
 TEMPLATE = Path(__file__).resolve().parent / "performance.md.in"
 TITLES = {"rps": "req/s", "p50_ms": "p50, ms", "p99_ms": "p99, ms", "max_ms": "longest, ms", "gbps": "GB/s",
           "cpu_s_per_gb": "CPU, s/GB", "anon_mib": "anonymous memory, MiB", "wall_s": "whole, s",
+          "machine_cpu_s_per_gb": "the machine's CPU, s/GB",
           "first_byte_ms": "first body byte, ms", "after_upstream_s": "last byte after upstream's, s",
           "mean_ms": "mean, ms", "probe_p50_ms": "small request p50, ms", "probe_p99_ms": "p99, ms",
           "probe_max_ms": "longest, ms", "upstream_requests": "upstream requests", "complete": "complete bodies",

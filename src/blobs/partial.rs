@@ -1,4 +1,5 @@
-//! Downloads that broke off, kept so that a later one can go on where they ended.
+//! Downloads that broke off, kept so that a later one can go on where they ended; and how a download gets to the disk
+//! while it arrives, of which keeping it is a by-product.
 //!
 //! Beside the spool file `NUMBER` lies `NUMBER.checkpoint`: what it is of, how much of it was on the disk when that was
 //! written, and the SHA-256 of that much. It is written after the data's fdatasync and believed only when the data
@@ -29,9 +30,10 @@ const EXTENSION: &str = "checkpoint";
 const NEW_EXTENSION: &str = "new";
 /// No checkpoint is longer: a URL has at most 8 KiB, and a header field of an upstream not much more.
 const MAX_CHECKPOINT_BYTES: u64 = 256 << 10;
-/// Times as long as a checkpoint took are waited before the next, so that they never take more than a tenth of the
-/// disk: what a kill may cost is time, and a fast download makes up for it fast.
-const REST: u32 = 9;
+/// A download is brought to the disk every so many bytes, if the disk keeps up with it. What a sync costs is for the most
+/// part what has to be written anyway, and the disk's own cache, which nothing but a sync empties: at the end of 1 GiB
+/// that took longer than all of the download (`docs/performance.md`).
+const SYNC_EVERY: u64 = 32 << 20;
 
 /// What a download is of, so that a later one can tell whether it may go on with it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -151,11 +153,9 @@ impl Partials {
         self.waiting().values().filter_map(number).max().map_or(0, |number| number.wrapping_add(1))
     }
 
-    /// Checkpoints for a new download; `None` when none are kept.
-    pub(super) fn checkpoints(self: &Arc<Self>, origin: Origin) -> Option<Checkpoints> {
-        let wanted = self.max_bytes > 0 && !self.keep.is_zero();
-        let partials = self.clone();
-        wanted.then(|| Checkpoints::new(partials, origin, 0, None))
+    /// For a new download.
+    pub(super) fn checkpoints(self: &Arc<Self>, origin: Origin) -> Checkpoints {
+        Checkpoints::new(self.clone(), origin, 0, None)
     }
 
     /// The download of a URL that broke off, which is the caller's from now on.
@@ -166,6 +166,11 @@ impl Partials {
             return None;
         }
         Some(partial)
+    }
+
+    /// Whether anything is kept of a download that breaks off.
+    fn keeps(&self) -> bool {
+        self.max_bytes > 0 && !self.keep.is_zero()
     }
 
     /// Lets a download wait for somebody who goes on with it. The oldest go when that makes them too many.
@@ -207,19 +212,20 @@ impl Partials {
     }
 }
 
-/// The checkpoints of one download. They are written by a thread of their own, so that the download never waits for
-/// the disk; while one is being written, the next has to wait.
+/// Brings one download to the disk while it arrives, and writes its checkpoints. A thread of its own does that, so that
+/// the download never waits for the disk; while one part is being synced, the next has to wait.
 #[derive(Debug)]
 pub(super) struct Checkpoints {
     partials: Arc<Partials>,
     origin: Origin,
-    /// The offset of the last one that was begun.
+    /// How much the last sync that was begun brings to the disk.
     begun: u64,
+    /// The offset of the last checkpoint that was begun.
+    marked: u64,
     /// The last one that is on the disk.
     last: Option<Checkpoint>,
-    /// The one that is being written: what has come of it, and how long that took.
-    pending: Option<JoinHandle<(io::Result<Option<Checkpoint>>, Duration)>>,
-    rest_until: Instant,
+    /// The sync that is under way, and the checkpoint that comes of it.
+    pending: Option<JoinHandle<io::Result<Option<Checkpoint>>>>,
 }
 
 impl Checkpoints {
@@ -230,43 +236,41 @@ impl Checkpoints {
     }
 
     fn new(partials: Arc<Partials>, origin: Origin, begun: u64, last: Option<Checkpoint>) -> Checkpoints {
-        Checkpoints { partials, origin, begun, last, pending: None, rest_until: Instant::now() }
+        Checkpoints { partials, origin, begun, marked: begun, last, pending: None }
     }
 
-    /// Begins a checkpoint when it is time for one. `hasher` has taken in the first `written` bytes of the file.
+    /// Begins to bring the file to the disk when it is time to, and to write a checkpoint when one is due. `hasher` has
+    /// taken in the first `written` bytes of the file.
     ///
     /// # Errors
-    /// When the data of this one or the one before can't be brought to the disk: the file must not be used any more.
+    /// When this part or the one before can't be brought to the disk: the file must not be used any more.
     pub(super) fn advance(&mut self, file: &Arc<SpoolFile>, written: u64, hasher: &Hasher) -> io::Result<()> {
         let is_busy = self.pending.as_ref().is_some_and(|pending| !pending.is_finished());
-        if written - self.begun < self.partials.checkpoint_bytes || is_busy {
+        let is_due = self.partials.keeps() && written - self.marked >= self.partials.checkpoint_bytes;
+        if is_busy || !(is_due || written - self.begun >= SYNC_EVERY) {
             return Ok(());
         }
         self.settle()?;
-        if Instant::now() < self.rest_until {
-            return Ok(());
-        }
         self.begun = written;
-        let (file, checkpoint) = (file.clone(), self.checkpoint(written, hasher));
-        let thread = std::thread::Builder::new().name("checkpoint".to_owned());
+        let checkpoint = is_due.then(|| {
+            self.marked = written;
+            self.checkpoint(written, hasher)
+        });
+        let file = file.clone();
+        let thread = std::thread::Builder::new().name("spool sync".to_owned());
         // Where no thread is to be had, the next one may be.
-        let work = move || {
-            let began = Instant::now();
-            (write(&file, checkpoint), began.elapsed())
-        };
-        self.pending = thread.spawn(work).ok();
+        self.pending = thread.spawn(move || write(&file, checkpoint)).ok();
         Ok(())
     }
 
-    /// Waits for the checkpoint that is being written, if there is one.
+    /// Waits for the sync that is under way, if there is one.
     ///
     /// # Errors
     /// As [`Checkpoints::advance`].
     pub(super) fn settle(&mut self) -> io::Result<()> {
         if let Some(pending) = self.pending.take() {
-            let (written, took) = pending.join().map_err(|_| io::Error::other("checkpoint panicked"))?;
+            let written = pending.join().map_err(|_| io::Error::other("a sync panicked"))?;
             self.last = written?.or(self.last.take());
-            self.rest_until = Instant::now() + took * REST;
         }
         Ok(())
     }
@@ -280,19 +284,20 @@ impl Checkpoints {
         self.settle()?;
         let is_wanted = match &self.last {
             Some(last) => last.offset < written,
-            None => self.partials.checkpoint_bytes <= written,
+            None => self.partials.keeps() && self.partials.checkpoint_bytes <= written,
         };
         if is_wanted {
             let checkpoint = self.checkpoint(written, hasher);
-            self.last = write(file, checkpoint)?.or(self.last.take());
+            self.last = write(file, Some(checkpoint))?.or(self.last.take());
         }
-        match (self.last, file.take_name()) {
-            (Some(checkpoint), Some(path)) => {
-                let expires = Instant::now() + self.partials.keep;
-                self.partials.put(Partial { path, checkpoint, expires });
+        match self.last {
+            None => file.remove(),
+            Some(checkpoint) => {
+                if let Some(path) = file.take_name() {
+                    let expires = Instant::now() + self.partials.keep;
+                    self.partials.put(Partial { path, checkpoint, expires });
+                }
             }
-            (None, Some(path)) => remove(&path, true),
-            (_, None) => {}
         }
         Ok(())
     }
@@ -302,10 +307,11 @@ impl Checkpoints {
     }
 }
 
-/// Brings a file to the disk, then what is to be known of it. `None` when only the latter failed: what the checkpoint
-/// before this one says is still true then.
-fn write(file: &SpoolFile, checkpoint: Checkpoint) -> io::Result<Option<Checkpoint>> {
+/// Brings a file to the disk, then what is to be known of it. `None` when nothing is, or only the latter failed: what the
+/// checkpoint before this one says is still true then.
+fn write(file: &SpoolFile, checkpoint: Option<Checkpoint>) -> io::Result<Option<Checkpoint>> {
     file.file().sync_data()?;
+    let Some(checkpoint) = checkpoint else { return Ok(None) };
     kill_point::pass("checkpoint.synced");
     let Some(path) = file.path() else { return Ok(None) };
     let new = path.with_extension(NEW_EXTENSION);

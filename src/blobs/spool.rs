@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -30,8 +30,6 @@ use crate::{
 
 /// Bytes of one download that may wait for the disk.
 const WINDOW_BYTES: usize = 1 << 20;
-/// Write-out to the disk is begun every so many bytes, so that the final fsync has little left to wait for.
-const WRITE_OUT_EVERY: u64 = 8 << 20;
 
 /// The writing end of a growing file. Dropping it before [`Spool::finish`] leaves the file to a later download if it
 /// has got far enough for a checkpoint, and removes it otherwise.
@@ -120,7 +118,7 @@ impl Spool {
     pub(super) fn create(
         path: PathBuf,
         room: Room,
-        checkpoints: Option<Checkpoints>,
+        checkpoints: Checkpoints,
         pool: Arc<Semaphore>,
     ) -> Result<Spool, Error> {
         let file = File::options().create_new(true).read(true).write(true).open(&path).map_err(|cause| {
@@ -150,7 +148,7 @@ impl Spool {
         match ready {
             Ok((room, file, hasher)) => {
                 let name = Name { path: partial.path, is_resumable: true };
-                let checkpoints = Some(Checkpoints::of(partials, partial.checkpoint));
+                let checkpoints = Checkpoints::of(partials, partial.checkpoint);
                 Ok(Spool::start(file, name, hasher, offset, room, checkpoints, pool))
             }
             Err(cause) => {
@@ -166,14 +164,13 @@ impl Spool {
         hasher: Hasher,
         offset: u64,
         room: Room,
-        checkpoints: Option<Checkpoints>,
+        checkpoints: Checkpoints,
         pool: Arc<Semaphore>,
     ) -> Spool {
         let (watermark, _) = watch::channel(offset);
         let file = Arc::new(SpoolFile { file: Arc::new(file), name: Mutex::new(Some(name)), watermark });
         let (orders, incoming) = mpsc::unbounded_channel();
-        let writer =
-            Writing { file: file.clone(), hasher, written: offset, written_out: offset, room, checkpoints };
+        let writer = Writing { file: file.clone(), hasher, written: offset, room, checkpoints };
         let thread = tokio::task::spawn_blocking(move || writer.run(incoming));
         let window = Arc::new(Semaphore::new(WINDOW_BYTES / 1024));
         Spool { file: Unpublished { file, is_condemned: false }, orders, thread, window, pool, sent: offset }
@@ -339,7 +336,8 @@ impl SpoolFile {
         self.name().take().map(|name| name.path)
     }
 
-    fn remove(&self) {
+    /// Removes it, with its checkpoint if it has one.
+    pub(super) fn remove(&self) {
         if let Some(Name { path, is_resumable }) = self.name().take() {
             partial::remove(&path, is_resumable);
         }
@@ -375,10 +373,8 @@ struct Writing {
     file: Arc<SpoolFile>,
     hasher: Hasher,
     written: u64,
-    written_out: u64,
     room: Room,
-    /// `None` when nothing is kept of a download that breaks off.
-    checkpoints: Option<Checkpoints>,
+    checkpoints: Checkpoints,
 }
 
 impl Writing {
@@ -419,50 +415,19 @@ impl Writing {
         self.file.file.write_all_at(bytes, self.written)?;
         self.hasher.update(bytes);
         self.written += bytes.len() as u64;
-        if self.written - self.written_out >= WRITE_OUT_EVERY {
-            write_out(&self.file.file, self.written_out, self.written - self.written_out)?;
-            self.written_out = self.written;
+        // The last byte is about to be made durable with all others.
+        if self.room.announced() != Some(self.written) {
+            self.checkpoints.advance(&self.file, self.written, &self.hasher)?;
         }
-        match &mut self.checkpoints {
-            // The last byte is about to be made durable with all others.
-            Some(checkpoints) if self.room.announced() != Some(self.written) => {
-                checkpoints.advance(&self.file, self.written, &self.hasher)
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     fn end(mut self, is_whole: bool) -> io::Result<Ended> {
         self.room.trim(&self.file.file, self.written)?;
-        match self.checkpoints {
-            Some(mut checkpoints) if is_whole => checkpoints.settle()?,
-            Some(checkpoints) => checkpoints.leave(&self.file, self.written, &self.hasher)?,
-            None if is_whole => {}
-            None => self.file.remove(),
+        match is_whole {
+            true => self.checkpoints.settle()?,
+            false => self.checkpoints.leave(&self.file, self.written, &self.hasher)?,
         }
         Ok(is_whole.then(|| (self.hasher.finish(), self.written)))
-    }
-}
-
-/// Begins writing a range of dirty pages to the disk, without waiting. An error here is a lost page, and counts like a
-/// failed fsync.
-fn write_out(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    // SAFETY: a plain system call on a descriptor that `file` keeps open; it touches no memory of ours.
-    let result = unsafe {
-        libc::sync_file_range(
-            file.as_raw_fd(),
-            offset as libc::off64_t,
-            length as libc::off64_t,
-            libc::SYNC_FILE_RANGE_WRITE,
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // The final fsync does all of it then.
-            cause if cause.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
-            cause if cause.raw_os_error() == Some(libc::ESPIPE) => Ok(()),
-            cause => Err(cause),
-        },
     }
 }

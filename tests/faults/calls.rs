@@ -29,10 +29,9 @@ const fn case(call: Call, error: i32) -> Case {
     Case { call, error, hits_need_it: false }
 }
 
-const CASES: [Case; 11] = [
+const CASES: [Case; 10] = [
     case(Call::Fsync, EIO),
     case(Call::Fdatasync, EIO),
-    case(Call::SyncFileRange, EIO),
     case(Call::Rename, EIO),
     Case { call: Call::Openat, error: EMFILE, hits_need_it: true },
     case(Call::Mkdir, ENOSPC),
@@ -73,7 +72,7 @@ impl<'a> Sweep<'a> {
         self.fetch(fresh);
         // The same content again, known by now or not.
         self.fetch(fresh + 1);
-        if matches!(case.call, Call::SyncFileRange | Call::Ftruncate) {
+        if matches!(case.call, Call::Fdatasync | Call::Ftruncate) {
             self.fetch(large);
         }
         self.fetch(0);

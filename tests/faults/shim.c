@@ -19,7 +19,7 @@
 #include <unistd.h>
 
 /* In the order of the test's list. */
-enum call { FSYNC, FDATASYNC, SYNC_FILE_RANGE, RENAME, OPENAT, MKDIR, PWRITE64, WRITE, PREAD64, FTRUNCATE, UNLINK };
+enum call { FSYNC, FDATASYNC, RENAME, OPENAT, MKDIR, PWRITE64, WRITE, PREAD64, FTRUNCATE, UNLINK };
 
 enum action { FAIL = 1, KILL = 2, LIE = 3 };
 
@@ -122,11 +122,6 @@ static int synced(int fd, enum call call) {
     }
 SYNC(fsync, FSYNC)
 SYNC(fdatasync, FDATASYNC)
-
-int sync_file_range(int fd, off64_t offset, off64_t length, unsigned flags) {
-    int what = synced(fd, SYNC_FILE_RANGE);
-    return what ? what == 1 ? -1 : 0 : REAL(sync_file_range)(fd, offset, length, flags);
-}
 
 int rename(const char *from, const char *to) {
     struct stat file;

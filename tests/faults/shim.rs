@@ -12,7 +12,6 @@ use crate::harness::{Service, skip};
 pub enum Call {
     Fsync,
     Fdatasync,
-    SyncFileRange,
     Rename,
     Openat,
     Mkdir,

@@ -15,14 +15,14 @@ pub const CLIENTS: u64 = 4;
 /// Nothing, one byte, and sizes on both sides of the tail that is held back and of a spool step.
 const SIZES: [u64; 5] = [5_000, 0, 70_000, 1, 300_000];
 
-/// An item with this number or a higher one is large, so that its writing out begins before its end, and its upstream
-/// does not say how large, so that what is allocated ahead has to be given back.
+/// An item with this number or a higher one is large, so that it is synced before its end too, and its upstream does not
+/// say how large, so that what is allocated ahead has to be given back.
 pub const LARGE: u64 = 1 << 40;
 
 /// The content of item `n`. Two neighbours have the same, so that publishing one content twice is part of every load.
 pub fn content(n: u64) -> Content {
     if n >= LARGE {
-        return Content::new(n, 9 << 20);
+        return Content::new(n, 40 << 20);
     }
     let pair = n / 2;
     Content::new(pair, SIZES[(pair % 5) as usize])

@@ -96,8 +96,8 @@ impl Drop for Bare {
 }
 
 /// What stands between the service and its disk. Writes to the spool take a moment each. With `FAIL=fsync` the first
-/// fsync of a spool file fails, with `FAIL=fdatasync` the second fdatasync; with `FAIL=write` the disk is full at 2 MiB
-/// of every spool file but the first.
+/// fsync of a spool file fails, with `FAIL=first fdatasync` or `second fdatasync` that one; with `FAIL=write` the disk is
+/// full at 2 MiB of every spool file but the first.
 const SHIM: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -152,7 +152,8 @@ int fsync(int fd) {
 int fdatasync(int fd) {
     int (*real)(int) = (int (*)(int))dlsym(RTLD_NEXT, "fdatasync");
     char path[4096];
-    if (fails("fdatasync") && spooled(fd, path) && __sync_fetch_and_add(&synced, 1) == 1) {
+    int nth = fails("first fdatasync") ? 0 : fails("second fdatasync") ? 1 : -1;
+    if (nth >= 0 && spooled(fd, path) && __sync_fetch_and_add(&synced, 1) == nth) {
         errno = EIO;
         return -1;
     }
@@ -237,7 +238,7 @@ fn a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is
         "hardship::a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is_believed";
     let Some(shim) = build_shim(dir.path(), name) else { return };
     let (up, content) = (Upstream::start(), Content::new(302, 8 << 20));
-    let service = Bare::start(failing(&shim, "fdatasync"), &[("STORAGE__CHECKPOINT_BYTES", "1MiB")]);
+    let service = Bare::start(failing(&shim, "second fdatasync"), &[("STORAGE__CHECKPOINT_BYTES", "1MiB")]);
     let reply = Reply::ok(&content).field("ETag", "\"one\"");
     // The first time it goes on until the service has had enough, at its second checkpoint.
     let url = up.on("/checked", move |x| match x.attempt {
@@ -258,6 +259,20 @@ fn a_failed_sync_at_a_checkpoint_fails_the_download_and_no_earlier_checkpoint_is
     service.fetch(&url).assert_ok(&content.bytes());
     let ranges: Vec<_> = up.requests("/checked").iter().map(|head| head.get("Range").is_some()).collect();
     assert_eq!(ranges, [false, false], "it begins anew");
+}
+
+#[test]
+fn a_large_download_is_synced_while_it_arrives_and_fails_when_that_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "hardship::a_large_download_is_synced_while_it_arrives_and_fails_when_that_does";
+    let Some(shim) = build_shim(dir.path(), name) else { return };
+    let (up, content) = (Upstream::start(), Content::new(304, 40 << 20));
+    // Without checkpoints nothing else is an fdatasync of a spool.
+    let service = Bare::start(failing(&shim, "first fdatasync"), &[("STORAGE__PARTIAL_MAX_BYTES", "0")]);
+    let url = up.serve("/large", Reply::ok(&content));
+    service.fetch(&url).assert_error(500, "internal_error");
+    service.assert_given_up();
+    assert_eq!(service.fetch(&url).assert_ok(&content.bytes()).cache_status(), "MISS");
 }
 
 #[test]
