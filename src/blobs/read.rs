@@ -17,7 +17,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::ReadWriteFlags;
 use tokio::task::JoinHandle;
 
 /// Sizes of buffers, largest first, each with the bytes that may be in use in total before a smaller one is taken. A
@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 const CLASSES: [(usize, usize); 3] = [(256 << 10, 12 << 20), (64 << 10, 20 << 20), (16 << 10, usize::MAX)];
 /// Shorter pieces are cheaper to copy.
 const REFER_FROM: u64 = 8 << 10;
+const PAGE_BYTES: u64 = 4096;
 /// The longest part of a file that is given out at once.
 const REFER_BYTES: u64 = 2 << 20;
 /// How far apart the bytes are by which it is told whether the page cache has them. Looking every 256 KiB
@@ -143,6 +144,15 @@ impl Chunk {
     }
 }
 
+/// Where a reader found what it gave out last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// It has given out nothing.
+    Nothing,
+    PageCache,
+    Disk,
+}
+
 /// Reads a file from an offset on, in chunks.
 #[derive(Debug)]
 pub struct Reader {
@@ -150,6 +160,8 @@ pub struct Reader {
     offset: u64,
     pool: BufferPool,
     mode: Mode,
+    /// Where what comes before the offset was found.
+    before: Before,
     /// The page cache lacked a piece before this offset, so that it will lack more: until there nothing is tried on the
     /// calling thread, because even asking makes the kernel read ahead, and that can wait for the disk's queue.
     cold_until: u64,
@@ -160,7 +172,7 @@ pub struct Reader {
 impl Reader {
     /// Begins at `offset`.
     pub fn new(file: Arc<File>, offset: u64, pool: BufferPool, mode: Mode) -> Reader {
-        Reader { file, offset, pool, mode, cold_until: 0, pending: None }
+        Reader { file, offset, pool, mode, before: Before::Nothing, cold_until: 0, pending: None }
     }
 
     /// Where the next chunk begins.
@@ -175,16 +187,14 @@ impl Reader {
     pub fn poll_read(&mut self, cx: &mut Context<'_>, end: u64) -> Poll<io::Result<Chunk>> {
         if self.pending.is_none() {
             let wanted = end.saturating_sub(self.offset);
-            let buffer = match self.offset < self.cold_until {
-                true => self.pool.take(wanted),
-                false => match self.read_cached(wanted) {
-                    Ok(chunk) => return Poll::Ready(Ok(chunk)),
-                    Err(buffer) => {
-                        self.cold_until = self.offset + COLD_BYTES;
-                        buffer
-                    }
-                },
-            };
+            if self.offset >= self.cold_until {
+                if let Some(chunk) = self.read_cached(wanted) {
+                    return Poll::Ready(Ok(chunk));
+                }
+                self.cold_until = self.offset + COLD_BYTES;
+            }
+            let buffer = self.pool.take(wanted);
+            self.before = Before::Disk;
             let (file, offset) = (self.file.clone(), self.offset);
             self.pending =
                 Some(tokio::task::spawn_blocking(move || read_waiting(&file, offset, buffer, wanted)));
@@ -200,19 +210,28 @@ impl Reader {
         std::future::poll_fn(|cx| self.poll_read(cx, end)).await
     }
 
-    /// The next chunk, if the page cache has it; else a buffer to read it into.
-    fn read_cached(&mut self, wanted: u64) -> Result<Chunk, Filled> {
+    /// The next chunk, if the page cache has it.
+    fn read_cached(&mut self, mut wanted: u64) -> Option<Chunk> {
+        let into_page = self.offset % PAGE_BYTES;
+        let before = std::mem::replace(&mut self.before, Before::PageCache);
         if self.mode == Mode::Refer && wanted >= REFER_FROM {
-            let length = cached(&self.file, self.offset, wanted.min(REFER_BYTES));
-            if length > 0 {
-                let range = FileRange { file: self.file.clone(), offset: self.offset, length };
-                self.offset += length;
-                return Ok(Chunk::Cached(range));
+            if before == Before::Nothing && into_page != 0 {
+                // The rest of a page, so that what follows begins with one: 64 KiB then take no more pages than a packet
+                // can, beside the head and this.
+                wanted = PAGE_BYTES - into_page;
+            } else {
+                let is_going_on = before == Before::PageCache;
+                let length = cached(&self.file, self.offset, wanted.min(REFER_BYTES), is_going_on);
+                if length > 0 {
+                    let range = FileRange { file: self.file.clone(), offset: self.offset, length };
+                    self.offset += length;
+                    return Some(Chunk::Cached(range));
+                }
             }
         }
         let bytes = read_cached(&self.file, self.offset, self.pool.take(wanted), wanted)?;
         self.offset += bytes.len() as u64;
-        Ok(Chunk::Bytes(bytes))
+        Some(Chunk::Bytes(bytes))
     }
 
     fn advance(&mut self, read: io::Result<Bytes>) -> io::Result<Chunk> {
@@ -228,14 +247,14 @@ impl Reader {
 }
 
 /// How many bytes from `offset` on the page cache has, up to `most`, as far as a byte in every so many can tell: the
-/// kernel reads in larger steps. If it is wrong, somebody waits once.
-fn cached(file: &File, offset: u64, most: u64) -> u64 {
+/// kernel reads in larger steps. If it is wrong, somebody waits once. `is_going_on` says that it has the byte before.
+fn cached(file: &File, offset: u64, most: u64, is_going_on: bool) -> u64 {
     let has = |at: u64| {
         let mut byte = [0];
         let space = &mut [IoSliceMut::new(&mut byte)];
         matches!(rustix::io::preadv2(file, space, at, ReadWriteFlags::NOWAIT), Ok(1))
     };
-    let mut length = 0;
+    let mut length = if is_going_on { most.min(PROBE_EVERY) } else { 0 };
     while length < most && has(offset + length) {
         length = most.min(length + PROBE_EVERY);
     }
@@ -243,18 +262,16 @@ fn cached(file: &File, offset: u64, most: u64) -> u64 {
     if length > 0 && !has(offset + length - 1) { (length - 1) / PROBE_EVERY * PROBE_EVERY } else { length }
 }
 
-/// What the page cache has at once; gives the buffer back when that is nothing, or the file system can't tell.
-fn read_cached(file: &File, offset: u64, mut buffer: Filled, wanted: u64) -> Result<Bytes, Filled> {
+/// What the page cache has at once; `None` when that is nothing, or the file system can't tell.
+fn read_cached(file: &File, offset: u64, mut buffer: Filled, wanted: u64) -> Option<Bytes> {
     let space = &mut [IoSliceMut::new(buffer.space(wanted))];
     match rustix::io::preadv2(file, space, offset, ReadWriteFlags::NOWAIT) {
-        // 0 is the end of the file, which the waiting read will tell just as well.
-        Ok(0) | Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INTR) => Err(buffer),
+        // 0 is the end of the file. That, and any error, the waiting read meets again and reports.
+        Ok(0) | Err(_) => None,
         Ok(length) => {
             buffer.length = length;
-            Ok(Bytes::from_owner(buffer))
+            Some(Bytes::from_owner(buffer))
         }
-        // Let the waiting read meet the error again and report it.
-        Err(_) => Err(buffer),
     }
 }
 
