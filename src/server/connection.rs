@@ -33,8 +33,8 @@ use crate::config::Server;
 const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 /// How many bytes may wait in a socket that TCP can't send yet. The kernel's own limit is 4 MiB, and what waits there is sent
-/// off when the client acknowledges what came before, on this machine by whatever the client's core does. Written when it
-/// can be sent, 1 GiB to each of eight clients arrives a fifth faster, and a slow client holds less memory of the kernel's
+/// off when acknowledgements arrive, on loopback at the cost of the client's core. Written when it can be sent, 1 GiB
+/// arrives at each of eight clients a quarter faster, and a slow client holds less of the kernel's memory
 /// (`docs/performance.md`).
 const NOT_SENT_BYTES: u32 = 128 * 1024;
 
