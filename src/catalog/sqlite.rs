@@ -25,8 +25,8 @@ use crate::{
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Access counts written in a few hundred microseconds.
 const ACCESSES_AT_A_TIME: usize = 8;
-/// SQLite's virtual machine does so many in some hundred microseconds.
-const OPERATIONS_AT_A_TIME: i32 = 500;
+/// SQLite's virtual machine does so many in some ten microseconds.
+const OPERATIONS_AT_A_TIME: i32 = 100;
 /// Numbered scripts; the database's `user_version` says how many it has seen.
 const MIGRATIONS: [&str; 5] = [
     include_str!("../../migrations/sqlite/0001_initial.sql"),

@@ -23,6 +23,8 @@ use crate::{
 
 /// Threads for waiting, beside those of downloads.
 const BLOCKING_THREADS: usize = 256;
+/// Open files and connections of a busy service, as configured by default.
+const DESCRIPTORS: u64 = 16_384;
 /// Connections that may wait to be accepted; the system has a limit of its own (net.core.somaxconn). With the usual 128 a
 /// burst of a few hundred makes whoever comes next wait a second or more, until its SYN is sent again.
 const BACKLOG: u32 = 4096;
@@ -35,8 +37,12 @@ const CHECKPOINT_GRACE: Duration = Duration::from_secs(1);
 /// Serves until SIGTERM or SIGINT.
 pub(super) fn serve(args: &ConfigArgs) -> Outcome {
     let (config, file) = args.load()?;
+    // Before the first thread, which is the log's.
+    let limit = raise_descriptor_limit();
     let log = telemetry::init(&config.logging)?;
-    raise_descriptor_limit();
+    if let Err(cause) = limit {
+        tracing::warn!(error = %cause, "can't raise the limit on open files");
+    }
     // Each download has a thread that writes; the others are for what waits for the disk now and then.
     let blocking_threads = config.upstream.max_downloads.saturating_add(BLOCKING_THREADS);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -163,12 +169,14 @@ fn announce(config: &Config, file: Option<&Path>, listeners: &[(TcpListener, Rol
 }
 
 /// Every connection and every open artifact needs a descriptor; the soft limit of 1,024 is for programs that use
-/// select(2).
-fn raise_descriptor_limit() {
+/// select(2). The kernel's table of them is made as large as it will be at once: while a process has several threads,
+/// each doubling of it holds up whoever opens a file then until every processor has left the old table, some 10 ms.
+fn raise_descriptor_limit() -> std::io::Result<()> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(cause) = setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(error = %cause, "can't raise the limit on open files");
-    }
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let highest = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX).min(DESCRIPTORS) as i32 - 1;
+    // A small table works too.
+    let _ = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), highest);
+    raised.map_err(Into::into)
 }

@@ -23,7 +23,7 @@ use crate::{
 
 const EVERY: Duration = Duration::from_secs(24 * 3600);
 /// How long is copied before the next rest.
-const STINT: Duration = Duration::from_micros(500);
+const STINT: Duration = Duration::from_micros(100);
 /// Times as long as a stint took are rested. No more, because the write-ahead log can't be emptied meanwhile.
 const REST: u32 = 3;
 /// A disk that makes a stint long is no reason to sleep through the order to stop.

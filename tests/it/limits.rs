@@ -191,3 +191,11 @@ fn a_head_that_asks_upstream_takes_a_place() {
     }
     assert_eq!(up.total(), 20);
 }
+
+#[test]
+fn room_for_open_files_is_made_before_the_first_thread() {
+    use rustix::process::{Resource, getrlimit};
+    let possible = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX).min(16_384);
+    // While it grows later, whoever opens a file waits.
+    assert!(Service::new().start().proc_status("FDSize:") >= possible);
+}

@@ -399,9 +399,14 @@ impl Running {
 
     /// Peak resident memory so far, in bytes.
     pub fn peak_rss_bytes(&self) -> u64 {
+        self.proc_status("VmHWM:") * 1024
+    }
+
+    /// A number that proc_pid_status(5) has; `field` with its colon.
+    pub fn proc_status(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux says the peak");
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+        let line = status.lines().find(|line| line.starts_with(field)).expect("Linux has this field");
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     /// This test leaves a download running on purpose.
