@@ -38,7 +38,7 @@ const CHECKPOINT_GRACE: Duration = Duration::from_secs(1);
 pub(super) fn serve(args: &ConfigArgs) -> Outcome {
     let (config, file) = args.load()?;
     // Before the first thread, which is the log's.
-    let limit = raise_descriptor_limit();
+    let limit = make_room_for_descriptors();
     let log = telemetry::init(&config.logging)?;
     if let Err(cause) = limit {
         tracing::warn!(error = %cause, "can't raise the limit on open files");
@@ -171,7 +171,7 @@ fn announce(config: &Config, file: Option<&Path>, listeners: &[(TcpListener, Rol
 /// Every connection and every open artifact needs a descriptor; the soft limit of 1,024 is for programs that use
 /// select(2). The kernel's table of them is made as large as it will be at once: while a process has several threads,
 /// each doubling of it holds up whoever opens a file then until every processor has left the old table, some 10 ms.
-fn raise_descriptor_limit() -> std::io::Result<()> {
+fn make_room_for_descriptors() -> std::io::Result<()> {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });

@@ -34,8 +34,8 @@ const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\nc
 
 /// How many bytes may wait in a socket that TCP can't send yet. The kernel's own limit is 4 MiB, and what waits there is sent
 /// off when acknowledgements arrive, on loopback at the cost of the client's core. Written when it can be sent, 1 GiB
-/// arrives at each of eight clients a quarter faster, and a slow client holds less of the kernel's memory
-/// (`docs/performance.md`).
+/// arrives at each of eight clients a quarter faster on one machine and a tenth slower on another, at a single one half
+/// as fast again there; and a slow client holds less of the kernel's memory (`docs/performance.md`).
 const NOT_SENT_BYTES: u32 = 128 * 1024;
 
 /// All connections.

@@ -193,7 +193,7 @@ fn a_head_that_asks_upstream_takes_a_place() {
 }
 
 #[test]
-fn room_for_open_files_is_made_before_the_first_thread() {
+fn there_is_room_for_many_open_files_from_the_start() {
     use rustix::process::{Resource, getrlimit};
     let possible = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX).min(16_384);
     // While it grows later, whoever opens a file waits.
