@@ -1,6 +1,7 @@
 """The machine under the benchmark: installing what is missing, pinning, and what processes cost."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ PACKAGES = {
     "caddy": "caddy",
     "traffic_server": "trafficserver",
     "wrk": "wrk",
+    "ip": "iproute2",
 }
 VERSION_OF = {
     "nginx": ["nginx", "-v"],
@@ -27,6 +29,7 @@ VERSION_OF = {
     "wrk": ["wrk", "-v"],
     "curl": ["curl", "--version"],
 }
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 POLICY = Path("/usr/sbin/policy-rc.d")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = os.sysconf("SC_CLK_TCK")
@@ -65,6 +68,28 @@ def build(project):
     """The service as it is shipped, built if it must be."""
     subprocess.run(["cargo", "build", "--release", "--quiet"], cwd=project, check=True)
     return Path(os.environ.get("CARGO_TARGET_DIR", project / "target")) / "release" / "artifact-cache"
+
+
+def enter_network(congestion_control):
+    """Goes on in a network of its own that has loopback only, this process and all that it starts, and says what it is like.
+
+    Algorithms that pace (BBR) do it by timers on loopback, for servers and clients alike, though nothing is ever lost
+    there: then the timers are what is measured. So everybody is measured with Linux's default, whatever this machine is
+    set to. `machine` stays on the machine's own network, as it is set."""
+    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    if congestion_control == "machine":
+        return f"the machine's, {setting.read_text().strip()}"
+    # os.unshare is of Python 3.12.
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+        why = os.strerror(ctypes.get_errno())
+        raise SystemExit(f"no network of its own: {why}; run as root, or with --congestion-control machine")
+    subprocess.run([which("ip") or "ip", "link", "set", "lo", "up"], check=True)
+    try:
+        setting.write_text(congestion_control)
+    except OSError:
+        known = setting.with_name("tcp_available_congestion_control").read_text().strip()
+        raise SystemExit(f"--congestion-control {congestion_control}: this kernel has {known}") from None
+    return f"loopback in a namespace of its own, {congestion_control}"
 
 
 def describe():

@@ -164,10 +164,9 @@ def hit(bench):
 def large(bench):
     """Hits of 1 GiB, alone and eight at once."""
     bench.warm(ALL, ["1g"])
-    bench.interleaved("hit 1 GiB ×1", ALL, lambda s: big(bench, s, 1), rounds=min(bench.options.rounds, 3))
+    bench.interleaved("hit 1 GiB ×1", ALL, lambda s: big(bench, s, 1))
     eight = [key for key in ALL if key != "squid"]  # 20 s a round, for a figure that its ×1 already tells
-    bench.interleaved("hit 1 GiB ×8", eight, lambda s: big(bench, s, 8),
-                      rounds=1 if bench.options.quick else min(bench.options.rounds, 3))
+    bench.interleaved("hit 1 GiB ×8", eight, lambda s: big(bench, s, 8), rounds=1 if bench.options.quick else None)
 
 
 def recall(bench, server):

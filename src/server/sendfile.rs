@@ -91,6 +91,9 @@ impl Promises {
 
     /// Whole packets only, until [`Promises::uncork`]: else each acknowledgement sends off the few bytes by which a page
     /// is longer than a packet, a third more packets in all. The kernel lets nothing wait for more than 200 ms.
+    ///
+    /// Called when something is left to send, so that an answer which the socket takes whole costs no call, and
+    /// the first packets leave as early as they can.
     fn cork(&self, stream: &TcpStream) {
         if !self.is_corked.swap(true, Ordering::Relaxed) {
             // It only saves packets.
@@ -125,9 +128,6 @@ pub(super) fn send(
 ) -> io::Result<usize> {
     let Promised { range: FileRange { file, mut offset, length }, more } =
         promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
-    if more {
-        promises.cork(stream);
-    }
     let mut sent = 0;
     if !before.is_empty() {
         // MORE, so that a head does not travel in a packet of its own: a tenth faster. But a piece that does not begin
@@ -142,7 +142,9 @@ pub(super) fn send(
     match rustix::fs::sendfile(stream, &*file, Some(&mut offset), length as usize) {
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(count) => {
-            if !more && count as u64 == length {
+            if more || (count as u64) < length {
+                promises.cork(stream);
+            } else {
                 promises.uncork(stream);
             }
             Ok(sent + count)
