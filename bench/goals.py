@@ -52,10 +52,10 @@ def goals(clients):
         cell = f"hit 1 GiB {times}"
         yield Goal(f"1 GiB {times}", cell, "gbps", ((1, "sf"), (factor, "sf"), (1, "varnish")))
         yield Goal(f"1 GiB {times}, anonymous memory", cell, "anon_mib", (None, None, 32))
-        # Which process the kernel books the sending on depends on the server (see the document): ×1 keeps both busy
-        # anyway, at ×8 only what the machine spends tells what a hit costs.
-        what, figure = ("CPU", "cpu_s_per_gb") if times == "×1" else ("CPU of the machine", "machine_cpu_s_per_gb")
-        yield Goal(f"1 GiB {times}, {what}", cell, figure, ((1, "sf"), (0.8, "sf"), (1, "varnish")))
+        # Whoever is at hand does the sending on loopback, often the client: only what the whole machine spends tells what
+        # a hit costs. The server's own account is there as well.
+        for what, figure in (("CPU of the machine", "machine_cpu_s_per_gb"), ("CPU of the server", "cpu_s_per_gb")):
+            yield Goal(f"1 GiB {times}, {what}", cell, figure, ((1, "sf"), (0.8, "sf"), (1, "varnish")))
     yield Goal("random 64 KiB ranges c1", "range 64 KiB c1", "rps", ((0.9, "npoff"), (1, "npoff"), (1, "nosf")))
     yield Goal("random 64 KiB ranges c64", "range 64 KiB c64", "rps", ((0.8, "npoff"), (1, "nosf"), (1, "npoff")))
     yield Goal("/health p99 during cold reads", "cold 1 GiB ×2", "probe_p99_ms", ((2, "sf"), (1, "sf"), None))

@@ -296,7 +296,7 @@ def stampede(bench):
 
 def memory(bench):
     """256 large hits and 64 downloads at once."""
-    bench.warm(["ours"], ["1g"])
+    bench.warm(["ours", "ours-s0"], ["1g"])
     seconds = 5 if bench.options.quick else 15
 
     def measure(server):

@@ -33,9 +33,10 @@ use crate::config::Server;
 const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 /// How many bytes may wait in a socket that TCP can't send yet. The kernel's own limit is 4 MiB, and what waits there is sent
-/// off when acknowledgements arrive, on loopback at the cost of the client's core. Written when it can be sent, 1 GiB
-/// arrives at each of eight clients a quarter faster on one machine and a tenth slower on another, at a single one half
-/// as fast again there; and a slow client holds less of the kernel's memory (`docs/performance.md`).
+/// off when acknowledgements arrive, on loopback at the cost of the client's core. Written when it can be sent, 1 MiB
+/// arrives at each of 64 clients a quarter faster, 1 GiB at each of eight a fifth; with half of this, less than a packet
+/// may wait, and a single client gets less than half. A slow client holds less of the kernel's memory
+/// (`docs/performance.md`).
 const NOT_SENT_BYTES: u32 = 128 * 1024;
 
 /// All connections.

@@ -130,9 +130,11 @@ pub(super) fn send(
         promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
     let mut sent = 0;
     if !before.is_empty() {
-        // MORE, so that a head does not travel in a packet of its own: a tenth faster. But a piece that does not begin
-        // with a page has one page more than a packet takes beside the head, and is then half as fast.
-        let more = if offset % PAGE_BYTES == 0 { SendFlags::MORE } else { SendFlags::empty() };
+        // MORE, so that a head does not travel in a packet of its own: by many clients a tenth faster. But a piece that
+        // does not begin with a page has one page more than a packet takes beside the head, and is then half as fast.
+        // And what was copied of a range, up to its first whole page, goes ahead: it wakes the client meanwhile.
+        let more =
+            if before.len() == 1 && offset % PAGE_BYTES == 0 { SendFlags::MORE } else { SendFlags::empty() };
         let flags = more | SendFlags::NOSIGNAL;
         sent = rustix::net::sendmsg(stream, before, &mut Default::default(), flags)?;
         if sent < before.iter().map(|slice| slice.len()).sum() {
