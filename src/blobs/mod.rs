@@ -8,6 +8,7 @@
 //!   deleted while nobody can publish it, and nobody has published it without having recorded it yet.
 //! - A path MUST be formed from a parsed [`Digest`] only, never from request text.
 
+mod hashing;
 mod partial;
 mod read;
 mod room;

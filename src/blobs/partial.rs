@@ -244,7 +244,12 @@ impl Checkpoints {
     ///
     /// # Errors
     /// When this part or the one before can't be brought to the disk: the file must not be used any more.
-    pub(super) fn advance(&mut self, file: &Arc<SpoolFile>, written: u64, hasher: &Hasher) -> io::Result<()> {
+    pub(super) fn advance(
+        &mut self,
+        file: &Arc<SpoolFile>,
+        written: u64,
+        hasher: impl FnOnce() -> io::Result<Hasher>,
+    ) -> io::Result<()> {
         let is_busy = self.pending.as_ref().is_some_and(|pending| !pending.is_finished());
         let is_due = self.partials.keeps() && written - self.marked >= self.partials.checkpoint_bytes;
         if is_busy || !(is_due || written - self.begun >= SYNC_EVERY) {
@@ -252,10 +257,13 @@ impl Checkpoints {
         }
         self.settle()?;
         self.begun = written;
-        let checkpoint = is_due.then(|| {
-            self.marked = written;
-            self.checkpoint(written, hasher)
-        });
+        let checkpoint = match is_due {
+            true => {
+                self.marked = written;
+                Some(self.checkpoint(written, hasher()?))
+            }
+            false => None,
+        };
         let file = file.clone();
         let thread = std::thread::Builder::new().name("spool sync".to_owned());
         // Where no thread is to be had, the next one may be.
@@ -280,7 +288,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// As [`Checkpoints::advance`].
-    pub(super) fn leave(mut self, file: &Arc<SpoolFile>, written: u64, hasher: &Hasher) -> io::Result<()> {
+    pub(super) fn leave(mut self, file: &Arc<SpoolFile>, written: u64, hasher: Hasher) -> io::Result<()> {
         self.settle()?;
         let is_wanted = match &self.last {
             Some(last) => last.offset < written,
@@ -302,8 +310,8 @@ impl Checkpoints {
         Ok(())
     }
 
-    fn checkpoint(&self, offset: u64, hasher: &Hasher) -> Checkpoint {
-        Checkpoint::new(self.origin.clone(), offset, hasher.clone())
+    fn checkpoint(&self, offset: u64, hasher: Hasher) -> Checkpoint {
+        Checkpoint::new(self.origin.clone(), offset, hasher)
     }
 }
 

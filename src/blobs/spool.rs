@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::{
+    hashing::Hashing,
     partial::{self, Checkpoints, Partial, Partials},
     room::{Disk, Room},
 };
@@ -98,7 +99,7 @@ impl Written {
 
 /// What the thread is told.
 enum Order {
-    Append(Chunk),
+    Append(Arc<Chunk>),
     /// That was the last byte.
     Finish,
 }
@@ -107,10 +108,23 @@ enum Order {
 type Ended = Option<(Digest, u64)>;
 
 /// A piece on its way to the disk, and its share of the memory.
-struct Chunk {
+#[derive(Debug)]
+pub(super) struct Chunk {
     bytes: Bytes,
     _window: OwnedSemaphorePermit,
     _pool: OwnedSemaphorePermit,
+}
+
+impl Chunk {
+    pub(super) fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    #[cfg(test)]
+    pub(super) fn of(bytes: Bytes) -> Chunk {
+        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Chunk { bytes, _window: permit(), _pool: permit() }
+    }
 }
 
 impl Spool {
@@ -170,7 +184,8 @@ impl Spool {
         let (watermark, _) = watch::channel(offset);
         let file = Arc::new(SpoolFile { file: Arc::new(file), name: Mutex::new(Some(name)), watermark });
         let (orders, incoming) = mpsc::unbounded_channel();
-        let writer = Writing { file: file.clone(), hasher, written: offset, room, checkpoints };
+        let writer =
+            Writing { file: file.clone(), hashing: Hashing::new(hasher), written: offset, room, checkpoints };
         let thread = tokio::task::spawn_blocking(move || writer.run(incoming));
         let window = Arc::new(Semaphore::new(WINDOW_BYTES / 1024));
         Spool { file: Unpublished { file, is_condemned: false }, orders, thread, window, pool, sent: offset }
@@ -187,7 +202,7 @@ impl Spool {
         let window = self.window.clone().acquire_many_owned(kib).await;
         let pool = self.pool.clone().acquire_many_owned(kib).await;
         let (Ok(_window), Ok(_pool)) = (window, pool) else { return Err(writer_gone()) };
-        if self.orders.send(Order::Append(Chunk { bytes, _window, _pool })).is_err() {
+        if self.orders.send(Order::Append(Arc::new(Chunk { bytes, _window, _pool }))).is_err() {
             return Err(match (&mut self.thread).await {
                 Ok(Err(cause)) => Error::io("Failed to write to cache storage", &cause),
                 _ => writer_gone(),
@@ -371,7 +386,7 @@ fn check(partial: &Partial) -> io::Result<(File, Hasher)> {
 /// The thread's side.
 struct Writing {
     file: Arc<SpoolFile>,
-    hasher: Hasher,
+    hashing: Hashing,
     written: u64,
     room: Room,
     checkpoints: Checkpoints,
@@ -409,25 +424,26 @@ impl Writing {
         Ok(false)
     }
 
-    fn append(&mut self, chunk: &Chunk) -> io::Result<()> {
+    fn append(&mut self, chunk: &Arc<Chunk>) -> io::Result<()> {
         let bytes = &chunk.bytes;
         self.room.make(&self.file.file, self.written + bytes.len() as u64)?;
+        self.hashing.update(chunk, self.written);
         self.file.file.write_all_at(bytes, self.written)?;
-        self.hasher.update(bytes);
         self.written += bytes.len() as u64;
         // The last byte is about to be made durable with all others.
         if self.room.announced() != Some(self.written) {
-            self.checkpoints.advance(&self.file, self.written, &self.hasher)?;
+            self.checkpoints.advance(&self.file, self.written, || self.hashing.hasher())?;
         }
         Ok(())
     }
 
     fn end(mut self, is_whole: bool) -> io::Result<Ended> {
         self.room.trim(&self.file.file, self.written)?;
-        match is_whole {
-            true => self.checkpoints.settle()?,
-            false => self.checkpoints.leave(&self.file, self.written, &self.hasher)?,
+        if is_whole {
+            self.checkpoints.settle()?;
+            return Ok(Some((self.hashing.finish()?.finish(), self.written)));
         }
-        Ok(is_whole.then(|| (self.hasher.finish(), self.written)))
+        self.checkpoints.leave(&self.file, self.written, self.hashing.finish()?)?;
+        Ok(None)
     }
 }
