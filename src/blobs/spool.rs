@@ -427,8 +427,8 @@ impl Writing {
     fn append(&mut self, chunk: &Arc<Chunk>) -> io::Result<()> {
         let bytes = &chunk.bytes;
         self.room.make(&self.file.file, self.written + bytes.len() as u64)?;
-        self.hashing.update(chunk, self.written);
         self.file.file.write_all_at(bytes, self.written)?;
+        self.hashing.update(chunk, self.written);
         self.written += bytes.len() as u64;
         // The last byte is about to be made durable with all others.
         if self.room.announced() != Some(self.written) {
