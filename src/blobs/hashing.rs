@@ -18,15 +18,15 @@ const BESIDE_FROM: u64 = 4 << 20;
 /// What is hashed so far, or who hashes it.
 #[derive(Debug)]
 pub(super) enum Hashing {
-    /// Not enough yet.
+    /// Not enough yet for a thread.
     Short(Hasher),
+    /// By who writes the file, to the end.
     Here(Hasher),
-    Beside {
-        orders: mpsc::Sender<Order>,
-        thread: JoinHandle<Hasher>,
-    },
+    /// By a thread of its own.
+    Beside { orders: mpsc::Sender<Order>, thread: JoinHandle<Hasher> },
 }
 
+/// What that thread is told.
 pub(super) enum Order {
     /// The next bytes; their share of the memory goes back when they are hashed.
     Update(Arc<Chunk>),
@@ -48,7 +48,7 @@ impl Hashing {
             *self = Hashing::long(hasher.clone());
         }
         match self {
-            Hashing::Short(hasher) | Hashing::Here(hasher) => hasher.update(chunk.bytes()),
+            Hashing::Short(hasher) | Hashing::Here(hasher) => hasher.update(&chunk.bytes),
             // If the thread is gone, whoever asks for the hash is told.
             Hashing::Beside { orders, .. } => drop(orders.send(Order::Update(chunk.clone()))),
         }
@@ -93,7 +93,7 @@ impl Hashing {
         let thread = thread::Builder::new().name("spool hash".to_owned()).spawn(move || {
             for order in incoming {
                 match order {
-                    Order::Update(chunk) => beside.update(chunk.bytes()),
+                    Order::Update(chunk) => beside.update(&chunk.bytes),
                     // Who asked may have given up.
                     Order::Tell(teller) => drop(teller.send(beside.clone())),
                 }

@@ -243,7 +243,8 @@ impl Checkpoints {
     /// taken in the first `written` bytes of the file.
     ///
     /// # Errors
-    /// When this part or the one before can't be brought to the disk: the file must not be used any more.
+    /// When this part or the one before can't be brought to the disk, or there is no hash: the file must not be used any
+    /// more.
     pub(super) fn advance(
         &mut self,
         file: &Arc<SpoolFile>,
@@ -257,13 +258,11 @@ impl Checkpoints {
         }
         self.settle()?;
         self.begun = written;
-        let checkpoint = match is_due {
-            true => {
-                self.marked = written;
-                Some(self.checkpoint(written, hasher()?))
-            }
-            false => None,
-        };
+        let hasher = is_due.then(hasher).transpose()?;
+        let checkpoint = hasher.map(|hasher| {
+            self.marked = written;
+            self.checkpoint(written, hasher)
+        });
         let file = file.clone();
         let thread = std::thread::Builder::new().name("spool sync".to_owned());
         // Where no thread is to be had, the next one may be.

@@ -110,19 +110,16 @@ type Ended = Option<(Digest, u64)>;
 /// A piece on its way to the disk, and its share of the memory.
 #[derive(Debug)]
 pub(super) struct Chunk {
-    bytes: Bytes,
+    pub(super) bytes: Bytes,
     _window: OwnedSemaphorePermit,
     _pool: OwnedSemaphorePermit,
 }
 
+#[cfg(test)]
 impl Chunk {
-    pub(super) fn bytes(&self) -> &Bytes {
-        &self.bytes
-    }
-
-    #[cfg(test)]
     pub(super) fn of(bytes: Bytes) -> Chunk {
-        let permit = || Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let permit =
+            || Arc::new(Semaphore::new(1)).try_acquire_owned().expect("a new semaphore has its permit");
         Chunk { bytes, _window: permit(), _pool: permit() }
     }
 }
