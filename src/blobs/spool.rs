@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, IoSlice, Seek, SeekFrom, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -362,7 +362,7 @@ impl SpoolFile {
 
 /// Cuts a file that a download left at its checkpoint, and hashes it up to there.
 fn check(partial: &Partial) -> io::Result<(File, Hasher)> {
-    let file = partial::open_regular(File::options().read(true).write(true), &partial.path)?;
+    let mut file = partial::open_regular(File::options().read(true).write(true), &partial.path)?;
     let offset = partial.checkpoint.offset;
     file.set_len(offset)?;
     kill_point::pass("resume.cut");
@@ -373,6 +373,8 @@ fn check(partial: &Partial) -> io::Result<(File, Hasher)> {
         hasher.update(&buffer[..step]);
         at += step as u64;
     }
+    // Where the writer goes on.
+    file.seek(SeekFrom::Start(offset))?;
     kill_point::pass("resume.hashed");
     match partial.checkpoint.agrees(hasher.clone()) {
         true => Ok((file, hasher)),
@@ -403,30 +405,37 @@ impl Writing {
 
     /// Appends what comes; says whether that is the whole.
     fn follow(&mut self, mut incoming: mpsc::UnboundedReceiver<Order>) -> io::Result<bool> {
+        let (mut chunks, mut is_whole) = (Vec::new(), false);
         while let Some(first) = incoming.blocking_recv() {
             let mut next = Some(first);
-            // One wake-up of the readers for all that has queued up, not one for each piece.
+            // One write for all that has queued up, and one wake-up of the readers.
             while let Some(order) = next {
                 match order {
-                    Order::Append(chunk) => self.append(&chunk)?,
-                    Order::Finish => {
-                        self.file.watermark.send_replace(self.written);
-                        return Ok(true);
-                    }
+                    Order::Append(chunk) => chunks.push(chunk),
+                    Order::Finish => is_whole = true,
                 }
                 next = incoming.try_recv().ok();
             }
+            self.append(&chunks)?;
+            chunks.clear();
             self.file.watermark.send_replace(self.written);
+            if is_whole {
+                return Ok(true);
+            }
         }
         Ok(false)
     }
 
-    fn append(&mut self, chunk: &Arc<Chunk>) -> io::Result<()> {
-        let bytes = &chunk.bytes;
-        self.room.make(&self.file.file, self.written + bytes.len() as u64)?;
-        self.file.file.write_all_at(bytes, self.written)?;
-        self.hashing.update(chunk, self.written);
-        self.written += bytes.len() as u64;
+    /// Appends all that has queued up in one write: larger writes make larger folios in the page cache, which are
+    /// cheaper to serve from (`docs/performance.md`).
+    fn append(&mut self, chunks: &[Arc<Chunk>]) -> io::Result<()> {
+        let length: usize = chunks.iter().map(|chunk| chunk.bytes.len()).sum();
+        self.room.make(&self.file.file, self.written + length as u64)?;
+        write_all(&self.file.file, chunks)?;
+        for chunk in chunks {
+            self.hashing.update(chunk, self.written);
+            self.written += chunk.bytes.len() as u64;
+        }
         // The last byte is about to be made durable with all others.
         if self.room.announced() != Some(self.written) {
             self.checkpoints.advance(&self.file, self.written, || self.hashing.hasher())?;
@@ -443,4 +452,20 @@ impl Writing {
         self.checkpoints.leave(&self.file, self.written, self.hashing.finish()?)?;
         Ok(None)
     }
+}
+
+/// Writes chunks at the file's position, in as few calls as the kernel allows.
+fn write_all(mut file: &File, chunks: &[Arc<Chunk>]) -> io::Result<()> {
+    let mut slices: Vec<_> =
+        chunks.iter().map(|chunk| IoSlice::new(&chunk.bytes)).filter(|slice| !slice.is_empty()).collect();
+    let mut left = slices.as_mut_slice();
+    while !left.is_empty() {
+        match file.write_vectored(left) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => IoSlice::advance_slices(&mut left, count),
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+            Err(cause) => return Err(cause),
+        }
+    }
+    Ok(())
 }

@@ -29,7 +29,7 @@ const fn case(call: Call, error: i32) -> Case {
     Case { call, error, hits_need_it: false }
 }
 
-const CASES: [Case; 10] = [
+const CASES: [Case; 11] = [
     case(Call::Fsync, EIO),
     case(Call::Fdatasync, EIO),
     case(Call::Rename, EIO),
@@ -41,6 +41,7 @@ const CASES: [Case; 10] = [
     Case { call: Call::Pread64, error: EIO, hits_need_it: true },
     case(Call::Ftruncate, EIO),
     case(Call::Unlink, EIO),
+    case(Call::Writev, ENOSPC),
 ];
 
 /// A service, and what is asked of it while calls fail.
@@ -146,7 +147,7 @@ fn every_call_of_a_running_service_may_fail() {
 }
 
 /// Calls of a whole life, and what each fails with. (A life without output would not say where it listens.)
-const LIFE: [(Call, i32); 8] = [
+const LIFE: [(Call, i32); 9] = [
     (Call::Fsync, EIO),
     (Call::Rename, EIO),
     (Call::Openat, EMFILE),
@@ -155,6 +156,7 @@ const LIFE: [(Call, i32); 8] = [
     (Call::Pread64, EIO),
     (Call::Ftruncate, EIO),
     (Call::Unlink, EIO),
+    (Call::Writev, ENOSPC),
 ];
 
 /// One life from an empty directory to SIGTERM, and then the next one, undisturbed. Says whether the call was met.

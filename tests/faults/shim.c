@@ -16,10 +16,11 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 /* In the order of the test's list. */
-enum call { FSYNC, FDATASYNC, RENAME, OPENAT, MKDIR, PWRITE64, WRITE, PREAD64, FTRUNCATE, UNLINK };
+enum call { FSYNC, FDATASYNC, RENAME, OPENAT, MKDIR, PWRITE64, WRITE, PREAD64, FTRUNCATE, UNLINK, WRITEV };
 
 enum action { FAIL = 1, KILL = 2, LIE = 3 };
 
@@ -174,6 +175,11 @@ static int is_output(int fd) {
 ssize_t write(int fd, const void *bytes, size_t count) {
     if ((is_output(fd) || ours_fd(fd)) && aimed(WRITE)) return -1;
     return REAL(write)(fd, bytes, count);
+}
+
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+    if (ours_fd(fd) && aimed(WRITEV)) return -1;
+    return REAL(writev)(fd, parts, count);
 }
 
 #define TRUNCATE(name)                                                                                                \

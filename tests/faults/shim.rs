@@ -20,6 +20,7 @@ pub enum Call {
     Pread64,
     Ftruncate,
     Unlink,
+    Writev,
 }
 
 /// What becomes of a call.

@@ -106,6 +106,7 @@ const SHIM: &str = r#"
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static char first[4096];
@@ -124,19 +125,21 @@ static int spooled(int fd, char *path) {
     return strstr(path, "/.spool/") != NULL;
 }
 
-ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t offset) {
-    ssize_t (*real)(int, const void *, size_t, off64_t) =
-        (ssize_t (*)(int, const void *, size_t, off64_t))dlsym(RTLD_NEXT, "pwrite64");
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+    ssize_t (*real)(int, const struct iovec *, int) =
+        (ssize_t (*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, "writev");
     char path[4096];
     if (fails("write") && spooled(fd, path)) {
+        off_t end = lseek(fd, 0, SEEK_CUR);
+        for (int i = 0; i < count; i++) end += parts[i].iov_len;
         usleep(10000);
         if (!first[0]) strcpy(first, path);
-        if (strcmp(first, path) && offset + (off64_t)count > 2 << 20) {
+        if (strcmp(first, path) && end > 2 << 20) {
             errno = ENOSPC;
             return -1;
         }
     }
-    return real(fd, bytes, count, offset);
+    return real(fd, parts, count);
 }
 
 int fsync(int fd) {
