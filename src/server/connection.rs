@@ -19,7 +19,6 @@ use std::{
 };
 
 use http::Version;
-use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -31,13 +30,6 @@ use crate::config::Server;
 
 /// RFC 9110, section 15.5.9.
 const TOO_SLOW: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
-
-/// How many bytes may wait in a socket that TCP can't send yet. The kernel's own limit is 4 MiB, and what waits there is sent
-/// off when acknowledgements arrive, on loopback at the cost of the client's core. Written when it can be sent, 1 MiB
-/// arrives at each of 64 clients a quarter faster, 1 GiB at each of eight a fifth; with half of this, less than a packet
-/// may wait, and a single client gets less than half. A slow client holds less of the kernel's memory
-/// (`docs/performance.md`).
-const NOT_SENT_BYTES: u32 = 128 * 1024;
 
 /// All connections.
 #[derive(Debug)]
@@ -78,17 +70,6 @@ pub(super) struct Connection {
 /// Marks one request as being answered until it is dropped.
 #[derive(Debug)]
 pub(super) struct Busy(Arc<Connection>);
-
-/// Sets what every connection of a listener inherits.
-///
-/// # Errors
-/// What the kernel says.
-pub(super) fn prepare(listener: &TcpListener) -> io::Result<()> {
-    let listener = SockRef::from(listener);
-    // Answers are written whole; waiting to fill a packet would only delay their ends.
-    listener.set_tcp_nodelay(true)?;
-    listener.set_tcp_notsent_lowat(NOT_SENT_BYTES)
-}
 
 impl Registry {
     pub(super) fn new(config: &Server) -> Arc<Registry> {
@@ -204,6 +185,11 @@ impl Registry {
         if let Some(connection) = idlest.min_by_key(waiting_since) {
             connection.close.notify_one();
         }
+    }
+
+    /// One connection is open, no more.
+    fn has_one(&self) -> bool {
+        self.connections().len() == 1
     }
 
     fn connections(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
@@ -344,7 +330,8 @@ impl Socket {
             let wanted = before.iter().map(|slice| slice.len()).sum::<usize>() + promise.len();
             let mut filled = None;
             let sent = self.stream.try_io(Interest::WRITABLE, || {
-                let sent = sendfile::send(&self.stream, promises, before, promise)?;
+                let sent =
+                    sendfile::send(&self.stream, promises, before, promise, || self.registry.has_one())?;
                 // Else hyper would try again at once, to be told what a cheaper call can say.
                 filled = (sent < wanted && sendfile::is_full(&self.stream)).then_some(sent);
                 if filled.is_some() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(sent) }
@@ -425,21 +412,5 @@ impl AsyncWrite for Socket {
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn connections_inherit_a_listeners_options() -> io::Result<()> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        prepare(&listener)?;
-        let _client = TcpStream::connect(listener.local_addr()?).await?;
-        let (accepted, _) = listener.accept().await?;
-        assert!(accepted.nodelay()?);
-        assert_eq!(SockRef::from(&accepted).tcp_notsent_lowat()?, NOT_SENT_BYTES);
-        Ok(())
     }
 }

@@ -99,7 +99,7 @@ pub async fn serve(app: Arc<App>, listeners: Vec<(TcpListener, Role)>, shutdown:
     let registry = Registry::new(&app.config.server);
     let tasks = TaskTracker::new();
     for (listener, role) in listeners {
-        if let Err(cause) = connection::prepare(&listener) {
+        if let Err(cause) = sendfile::prepare(&listener) {
             tracing::warn!(error = %cause, "can't set the options of a listener's connections");
         }
         tasks.spawn(accept(app.clone(), registry.clone(), listener, role, shutdown.clone(), tasks.clone()));
