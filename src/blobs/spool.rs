@@ -1,4 +1,4 @@
-//! A growing file: written and hashed by one thread as a download arrives, read by everyone who waits for it.
+//! A growing file: written by one thread as a download arrives, read by everyone who waits for it.
 //!
 //! The writer never waits for a reader and no byte is held for one: readers follow the watermark and read the file.
 //! Bytes on their way to the disk come out of one pool for all downloads, so memory is bounded whatever the number
