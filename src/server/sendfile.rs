@@ -43,11 +43,10 @@ static WINDOW: [u8; MOST_BYTES + SLOTS] = [0; MOST_BYTES + SLOTS];
 const COPY_BYTES: u64 = 16 * 1024;
 /// From here on the last or only piece of an answer is given whole to the socket of a client that is alone.
 const WHOLE_FROM: u64 = 256 * 1024;
-/// How many bytes may wait in a socket that TCP can't send yet. The kernel's own limit is 4 MiB, and what waits there is sent
-/// off when acknowledgements arrive, on loopback at the cost of the client's core. Written when it can be sent, 1 MiB
-/// arrives at each of 64 clients a quarter faster, 1 GiB at each of eight a fifth; with half of this, less than a packet
-/// may wait, and a single client gets less than half. A slow client holds less of the kernel's memory
-/// (`docs/performance.md`).
+/// How many bytes may wait in a socket that TCP can't send yet, where there is a limit ([`send`]). The kernel's own is 4 MiB, and
+/// what waits there is sent off when acknowledgements arrive, on loopback at the cost of the client's core. Written
+/// when it can be sent, 1 MiB arrives at each of 64 clients a quarter faster, 1 GiB at one a fifth; with half of this, less than a
+/// packet may wait, and a single client gets less than half (`docs/performance.md`).
 const NOT_SENT_BYTES: u32 = 128 * 1024;
 /// No limit but the kernel's own.
 const NOT_LIMITED: u32 = 0;
@@ -58,7 +57,9 @@ pub(super) struct Promises {
     slots: Mutex<Vec<Option<Promised>>>,
     /// It waits for more before it sends what does not fill a packet.
     is_corked: AtomicBool,
-    /// It takes whole what it can't send yet, without [`NOT_SENT_BYTES`].
+    /// Any number of bytes may wait in it, not only [`NOT_SENT_BYTES`].
+    is_unlimited: AtomicBool,
+    /// What it is given is the end of an answer, and it stays corked.
     takes_whole: AtomicBool,
 }
 
@@ -105,9 +106,10 @@ impl Promises {
 
     /// Sets the socket for the next answer. One that goes into it whole is corked from its first byte, and the socket stays
     /// so; any other when something is left to send, so that what the socket takes at once costs no call.
-    fn begin(&self, stream: &TcpStream, whole: bool) {
-        if self.takes_whole.swap(whole, Ordering::Relaxed) != whole {
-            let limit = if whole { NOT_LIMITED } else { NOT_SENT_BYTES };
+    fn begin(&self, stream: &TcpStream, unlimited: bool, whole: bool) {
+        self.takes_whole.store(whole, Ordering::Relaxed);
+        if self.is_unlimited.swap(unlimited, Ordering::Relaxed) != unlimited {
+            let limit = if unlimited { NOT_LIMITED } else { NOT_SENT_BYTES };
             // It only saves time, as all of these.
             let _ = SockRef::from(stream).set_tcp_notsent_lowat(limit);
         }
@@ -178,9 +180,16 @@ pub(super) fn send(
         promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
     let mut sent = 0;
     if !before.is_empty() {
-        // Who is alone takes nobody's turn, and to wake this process for each part of a piece costs the client's core
-        // more than to send what waits. A longer file arrives faster when both cores send.
-        promises.begin(stream, !more && length >= WHOLE_FROM && is_alone());
+        let (unlimited, whole) = if more || length >= WHOLE_FROM {
+            // Alone, one piece at once: nobody waits for a turn, and to be woken for each part of it costs the client's core
+            // more than to send what waits. But of a longer file both cores send, so that it arrives sooner. Among others,
+            // parts of one piece, so that everybody's arrive; but a longer file costs a sixth less when one core does it all.
+            let is_alone = is_alone();
+            (is_alone != more, is_alone && !more)
+        } else {
+            (false, false)
+        };
+        promises.begin(stream, unlimited, whole);
         // MORE, so that a head does not travel in a packet of its own: by many clients a tenth faster. But a piece that
         // does not begin with a page has one page more than a packet takes beside the head, and is then half as fast.
         // And what was copied of a range, up to its first whole page, goes ahead: it wakes the client meanwhile.
@@ -345,6 +354,7 @@ mod tests {
             (WHOLE_FROM + 1, false, false, false, NOT_SENT_BYTES),
             (WHOLE_FROM, false, true, true, NOT_LIMITED),
             (WHOLE_FROM, true, true, true, NOT_SENT_BYTES),
+            (WHOLE_FROM, true, false, true, NOT_LIMITED),
             (1000, false, false, false, NOT_SENT_BYTES),
         ];
         for (length, more, is_alone, corked, limit) in cases {
