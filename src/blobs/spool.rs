@@ -416,8 +416,7 @@ impl Writing {
                 }
                 next = incoming.try_recv().ok();
             }
-            self.append(&chunks)?;
-            chunks.clear();
+            self.append(&mut chunks)?;
             self.file.watermark.send_replace(self.written);
             if is_whole {
                 return Ok(true);
@@ -428,12 +427,13 @@ impl Writing {
 
     /// Appends all that has queued up in one write: larger writes make larger folios in the page cache, which are
     /// cheaper to serve from (`docs/performance.md`).
-    fn append(&mut self, chunks: &[Arc<Chunk>]) -> io::Result<()> {
+    fn append(&mut self, chunks: &mut Vec<Arc<Chunk>>) -> io::Result<()> {
         let length: usize = chunks.iter().map(|chunk| chunk.bytes.len()).sum();
         self.room.make(&self.file.file, self.written + length as u64)?;
         write_all(&self.file.file, chunks)?;
-        for chunk in chunks {
-            self.hashing.update(chunk, self.written);
+        // Each gives its share of the memory back as soon as it is hashed.
+        for chunk in chunks.drain(..) {
+            self.hashing.update(&chunk, self.written);
             self.written += chunk.bytes.len() as u64;
         }
         // The last byte is about to be made durable with all others.
