@@ -181,9 +181,10 @@ pub(super) fn send(
     let mut sent = 0;
     if !before.is_empty() {
         let (unlimited, whole) = if more || length >= WHOLE_FROM {
-            // Alone, one piece at once: nobody waits for a turn, and to be woken for each part of it costs the client's core
-            // more than to send what waits. But of a longer file both cores send, so that it arrives sooner. Among others,
-            // parts of one piece, so that everybody's arrive; but a longer file costs a sixth less when one core does it all.
+            // Alone: the last or only piece at once, for waking this process for each part of it costs the client's core more
+            // than sending what waits; a longer file in parts, so that both cores send and it arrives sooner.
+            // Among others: one piece in parts, so that nobody's waits for the whole of another's; a longer file at once,
+            // which takes less of the processors, as one core then does most of it.
             let is_alone = is_alone();
             (is_alone != more, is_alone && !more)
         } else {
