@@ -76,19 +76,19 @@ def enter_network(congestion_control):
     Algorithms that pace (BBR) do it by timers on loopback, for servers and clients alike, though nothing is ever lost
     there: then the timers are what is measured. So everybody is measured with Linux's default, whatever this machine is
     set to. `machine` stays on the machine's own network, as it is set."""
-    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
     if congestion_control == "machine":
-        return f"the machine's, {setting.read_text().strip()}"
+        return f"the machine's, {Path('/proc/sys/net/ipv4/tcp_congestion_control').read_text().strip()}"
     # os.unshare is of Python 3.12.
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
         why = os.strerror(ctypes.get_errno())
         raise SystemExit(f"no network of its own: {why}; run as root, or with --congestion-control machine")
-    subprocess.run([which("ip") or "ip", "link", "set", "lo", "up"], check=True)
-    try:
-        setting.write_text(congestion_control)
-    except OSError:
-        known = setting.with_name("tcp_available_congestion_control").read_text().strip()
-        raise SystemExit(f"--congestion-control {congestion_control}: this kernel has {known}") from None
+    ip = which("ip") or "ip"
+    subprocess.run([ip, "link", "set", "lo", "up"], check=True)
+    # By the route: a namespace may set its default only to what the whole machine allows.
+    route = ["local", "127.0.0.1", "dev", "lo", "proto", "kernel", "scope", "host", "src", "127.0.0.1", "table", "local"]
+    if subprocess.run([ip, "route", "replace", *route, "congctl", congestion_control], check=False).returncode:
+        known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().strip()
+        raise SystemExit(f"--congestion-control {congestion_control}: this kernel has {known}")
     return f"loopback in a namespace of its own, {congestion_control}"
 
 
