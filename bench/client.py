@@ -3,6 +3,7 @@
 Reads one job as JSON from standard input and writes the outcome as JSON. Bodies are read into one buffer and dropped,
 so that all servers face the same cheap client. Jobs:
   together  every path at once, a connection each
+  again     the same, again and again, until `seconds` have passed; the outcome is a list for each time
   sequence  one path after another on one connection
   probe     one path again and again, every 2 ms or so, until `seconds` have passed
 """
@@ -84,6 +85,13 @@ def together(port, paths, deadline):
     return [transfer.outcome(began) for transfer in transfers]
 
 
+def again(port, paths, deadline):
+    outcomes = []
+    while not outcomes or time.time() < deadline:
+        outcomes.append(together(port, paths, time.time() + 300))
+    return outcomes
+
+
 def sequence(port, paths, deadline, pause=0.0):
     outcomes, connection = [], None
     for path in paths:
@@ -113,7 +121,7 @@ def probe(port, paths, deadline):
 
 def main():
     job = json.load(sys.stdin)
-    run = {"together": together, "sequence": sequence, "probe": probe}[job["how"]]
+    run = {"together": together, "again": again, "sequence": sequence, "probe": probe}[job["how"]]
     json.dump(run(job["port"], job["paths"], time.time() + job["seconds"]), sys.stdout)
 
 

@@ -32,7 +32,7 @@ VERSION_OF = {
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 POLICY = Path("/usr/sbin/policy-rc.d")
 PAGE = os.sysconf("SC_PAGE_SIZE")
-TICK = os.sysconf("SC_CLK_TCK")
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def which(program):
@@ -79,7 +79,7 @@ def enter_network(congestion_control):
     if congestion_control == "machine":
         return f"the machine's, {Path('/proc/sys/net/ipv4/tcp_congestion_control').read_text().strip()}"
     # os.unshare is of Python 3.12.
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+    if LIBC.unshare(CLONE_NEWNET):
         why = os.strerror(ctypes.get_errno())
         raise SystemExit(f"no network of its own: {why}; run as root, or with --congestion-control machine")
     ip = which("ip") or "ip"
@@ -157,13 +157,15 @@ def family(pid):
 
 
 def cpu_seconds(pid):
-    """User and system time of the process and all below it, in seconds, to 10 ms."""
-    ticks = 0
+    """User and system time of the process and all below it, with what threads used that have ended, in seconds."""
+    total = 0
     for each in family(pid):
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / TICK
+        clock = ctypes.c_int()
+        # /proc has it in ticks of 10 ms, a fifth of what nginx needs to send 1 GiB.
+        if LIBC.clock_getcpuclockid(each, ctypes.byref(clock)) == 0:
+            with contextlib.suppress(OSError):
+                total += time.clock_gettime(clock.value)
+    return total
 
 
 def anonymous_mib(pid):
