@@ -64,21 +64,36 @@ def section(results, prefixes):
     return "\n".join(chosen) or "Not measured in this run.\n"
 
 
-def goal_table(results):
+def goal_table(results, beside):
+    """A line for each goal; with the verdict of another run in a column of its own, if there is one."""
     lines = [[row.text, row.figure, *(text or "–" for text in row.levels), f"**{row.verdict}**"]
              for row in goals.verdicts(results)]
-    return table(["row", "artifact-cache", "must", "goal", "stretch", "verdict"], lines) + "\n"
+    header = ["row", "artifact-cache", "must", "goal", "stretch", "verdict"]
+    if beside:
+        header.append(f"with {network(beside)}")
+        others = {row.text: row for row in goals.verdicts(beside["results"])}
+        for line in lines:
+            other = others.get(line[0])
+            first = other and next((text for text in other.levels if " of " in text), other.figure)
+            line.append(f"{first.split(' (')[0]}: **{other.verdict}**" if other else "–")
+    return table(header, lines) + "\n"
 
 
-def write(run, docs):
-    """Writes both files."""
+def network(run):
+    """How the run's machine controls congestion."""
+    return dict(run["machine"])["Network"].split()[-1].upper()
+
+
+def write(run, docs, beside=None):
+    """Writes both files; `beside` is a run with another congestion control."""
     results, chosen = run["results"], run["options"]
     text = TEMPLATE.read_text()
     facts = [[name, said] for name, said in run["machine"]]
     facts.append(["Rounds", f"{chosen['rounds']} of {chosen['seconds']} s" + (", quick" if chosen["quick"] else "")])
     facts += [[name, f"left out: {why}"] for name, why in run["left_out"].items()]
-    values = {"MACHINE": table(["", ""], facts) + "\n", "GOALS": goal_table(results)}
+    values = {"MACHINE": table(["", ""], facts) + "\n", "GOALS": goal_table(results, beside)}
     values |= {name: section(results, prefixes) for name, prefixes in SECTIONS.items()}
+    values["BESIDE"] = section(beside["results"], "hit 1 GiB") if beside else "Not measured with another.\n"
     drawing = plot.svg(results)
     values["PLOT"] = "![Throughput of hits by size](throughput.svg)\n" if drawing else ""
     for name, value in values.items():
