@@ -57,9 +57,7 @@ pub(super) struct Promises {
     slots: Mutex<Vec<Option<Promised>>>,
     /// It waits for more before it sends what does not fill a packet.
     is_corked: AtomicBool,
-    /// Any number of bytes may wait in it, not only [`NOT_SENT_BYTES`].
-    is_unlimited: AtomicBool,
-    /// What it is given is the end of an answer, and it stays corked.
+    /// What it is given is the end of an answer: any number of bytes may wait, and it stays corked.
     takes_whole: AtomicBool,
 }
 
@@ -106,10 +104,9 @@ impl Promises {
 
     /// Sets the socket for the next answer. One that goes into it whole is corked from its first byte, and the socket stays
     /// so; any other when something is left to send, so that what the socket takes at once costs no call.
-    fn begin(&self, stream: &TcpStream, unlimited: bool, whole: bool) {
-        self.takes_whole.store(whole, Ordering::Relaxed);
-        if self.is_unlimited.swap(unlimited, Ordering::Relaxed) != unlimited {
-            let limit = if unlimited { NOT_LIMITED } else { NOT_SENT_BYTES };
+    fn begin(&self, stream: &TcpStream, whole: bool) {
+        if self.takes_whole.swap(whole, Ordering::Relaxed) != whole {
+            let limit = if whole { NOT_LIMITED } else { NOT_SENT_BYTES };
             // It only saves time, as all of these.
             let _ = SockRef::from(stream).set_tcp_notsent_lowat(limit);
         }
@@ -180,17 +177,10 @@ pub(super) fn send(
         promises.find(promise).ok_or_else(|| io::Error::other("a promise that was never made"))?;
     let mut sent = 0;
     if !before.is_empty() {
-        let (unlimited, whole) = if more || length >= WHOLE_FROM {
-            // Alone: the last or only piece at once, for waking this process for each part of it costs the client's core more
-            // than sending what waits; a longer file in parts, so that both cores send and it arrives sooner.
-            // Among others: one piece in parts, so that nobody's waits for the whole of another's; a longer file at once,
-            // which takes less of the processors, as one core then does most of it.
-            let is_alone = is_alone();
-            (is_alone != more, is_alone && !more)
-        } else {
-            (false, false)
-        };
-        promises.begin(stream, unlimited, whole);
+        // The last or only piece of a client that is alone is given at once: waking this process for each part of it would
+        // cost the client's core more than sending what waits. Of a longer file it gets parts, so that both cores send; and
+        // among others everybody does, so that nobody's waits for the whole of another's.
+        promises.begin(stream, !more && length >= WHOLE_FROM && is_alone());
         // MORE, so that a head does not travel in a packet of its own: by many clients a tenth faster. But a piece that
         // does not begin with a page has one page more than a packet takes beside the head, and is then half as fast.
         // And what was copied of a range, up to its first whole page, goes ahead: it wakes the client meanwhile.
@@ -355,7 +345,7 @@ mod tests {
             (WHOLE_FROM + 1, false, false, false, NOT_SENT_BYTES),
             (WHOLE_FROM, false, true, true, NOT_LIMITED),
             (WHOLE_FROM, true, true, true, NOT_SENT_BYTES),
-            (WHOLE_FROM, true, false, true, NOT_LIMITED),
+            (WHOLE_FROM, true, false, true, NOT_SENT_BYTES),
             (1000, false, false, false, NOT_SENT_BYTES),
         ];
         for (length, more, is_alone, corked, limit) in cases {
