@@ -74,8 +74,12 @@ def goal_table(results, beside):
         others = {row.text: row for row in goals.verdicts(beside["results"])}
         for line in lines:
             other = others.get(line[0])
-            first = other and next((text for text in other.levels if " of " in text), other.figure)
-            line.append(f"{first.split(' (')[0]}: **{other.verdict}**" if other else "–")
+            if other is None:
+                line.append("–")
+                continue
+            lowest = next(text for text in other.levels if text)
+            said = lowest.split(" (")[0] if " of " in lowest else other.figure
+            line.append(f"{said}: **{other.verdict}**")
     return table(header, lines) + "\n"
 
 
