@@ -50,6 +50,8 @@ const WHOLE_FROM: u64 = 256 * 1024;
 const NOT_SENT_BYTES: u32 = 128 * 1024;
 /// No limit but the kernel's own.
 const NOT_LIMITED: u32 = 0;
+/// TCP's own congestion control (RFC 5681), which every kernel has and every process may choose.
+const UNPACED: &[u8] = b"reno";
 
 /// A connection's promises, by slot, and how its socket is set.
 #[derive(Debug, Default)]
@@ -149,10 +151,17 @@ impl Promises {
 /// # Errors
 /// What the kernel says.
 pub(super) fn prepare(listener: &TcpListener) -> io::Result<()> {
+    let is_local = listener.local_addr()?.ip().is_loopback();
     let listener = SockRef::from(listener);
     // Answers are written whole; waiting to fill a packet would only delay their ends.
     listener.set_tcp_nodelay(true)?;
-    listener.set_tcp_notsent_lowat(NOT_SENT_BYTES)
+    listener.set_tcp_notsent_lowat(NOT_SENT_BYTES)?;
+    // BBR spreads what it sends over time, by timers, so that no queue on the way overflows. Within one machine there is none:
+    // large files to a proxy or a client beside the service are two to three times as fast without.
+    if is_local && listener.tcp_congestion()?.starts_with(b"bbr") {
+        listener.set_tcp_congestion(UNPACED)?;
+    }
+    Ok(())
 }
 
 /// Where in a vectored write the first promise is.

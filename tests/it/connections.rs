@@ -1,9 +1,12 @@
 //! Clients that are slow, greedy or malformed.
 
+use std::process::Command;
 use std::time::Duration;
 
 use crate::harness::client::End;
-use crate::harness::{Client, Content, Reply, Service, Upstream, eventually, fetch_target};
+use crate::harness::{
+    Client, Content, Reply, Service, Upstream, eventually, fetch_target, in_a_network_of_its_own, skip,
+};
 
 #[test]
 fn a_head_dribbled_too_slowly_is_closed() {
@@ -233,4 +236,28 @@ fn waiting_for_upstream_is_nobodys_idleness() {
     let mut client = service.connect();
     client.request("GET", &fetch_target(&url), &[]);
     client.response("GET").assert_ok(&content.bytes());
+}
+
+#[test]
+fn nothing_is_paced_within_this_machine() {
+    const NAME: &str = "connections::nothing_is_paced_within_this_machine";
+    in_a_network_of_its_own(NAME, || {
+        if let Err(e) = std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "bbr") {
+            return skip(NAME, &format!("BBR is not for a namespace to choose here: {e}"));
+        }
+        for (host, algorithm) in [("127.0.0.1", "reno"), ("::1", "reno"), ("0.0.0.0", "bbr")] {
+            let service = Service::new().env("SERVER__HOST", host).start();
+            let mut client = service.connect();
+            client.request("GET", "/health", &[]);
+            assert_eq!(client.response("GET").status, 200);
+            let from_service = format!("dport = :{}", client.local_addr().port());
+            let sockets = Command::new("ss")
+                .args(["-Htin", "state", "established"])
+                .arg(from_service)
+                .output()
+                .unwrap();
+            let sockets = String::from_utf8(sockets.stdout).unwrap();
+            assert!(sockets.split_whitespace().any(|word| word == algorithm), "{host}: {sockets}");
+        }
+    });
 }

@@ -5,33 +5,14 @@ use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
 use std::process::Command;
 use std::sync::Mutex;
 
-use crate::harness::{Content, Reply, Service, Upstream, fetch_target, skip};
+use crate::harness::{Content, Reply, Service, Upstream, fetch_target, in_a_network_of_its_own, skip};
 
-const INSIDE: &str = "ARTIFACT_CACHE_TEST_NAMESPACE";
-
-/// Runs `test` in fresh network and mount namespaces, where all addresses are local and a name server of the
-/// test's own answers. The test binary calls itself for that.
-fn in_a_network_of_its_own(name: &str, test: fn()) {
-    if std::env::var_os(INSIDE).is_some() {
+/// Runs `test` where all addresses are local and a name server of the test's own answers.
+fn where_every_address_answers(name: &str, test: fn()) {
+    in_a_network_of_its_own(name, || {
         let _files = set_up_network();
-        return test();
-    }
-    if !rustix::process::geteuid().is_root() {
-        return skip(name, "needs root");
-    }
-    let exe = std::env::current_exe().unwrap();
-    let mut command = Command::new("unshare");
-    command.args(["--net", "--mount", "--"]).arg(exe).args([name, "--exact", "--nocapture"]).env(INSIDE, "1");
-    let output = match command.output() {
-        Ok(output) => output,
-        Err(e) => return skip(name, &format!("unshare: {e}")),
-    };
-    let said =
-        [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
-    if said.contains("unshare failed") {
-        return skip(name, "needs root and namespaces");
-    }
-    assert!(output.status.success() && said.contains("1 passed"), "inside the namespace:\n{said}");
+        test();
+    });
 }
 
 /// Every address becomes local, so that a request which gets past the guard reaches the canary. Returns the
@@ -42,7 +23,6 @@ fn set_up_network() -> tempfile::TempDir {
     std::fs::write(&resolver, "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n").unwrap();
     std::fs::write(&order, "hosts: files dns\n").unwrap();
     for line in [
-        "ip link set lo up".to_string(),
         "ip route add local 0.0.0.0/0 dev lo".to_string(),
         "ip -6 route add local ::/0 dev lo".to_string(),
         format!("mount --bind {} /etc/resolv.conf", resolver.display()),
@@ -162,7 +142,7 @@ const SPELLINGS: &[&str] = &[
 
 #[test]
 fn without_the_guard_every_address_would_answer() {
-    in_a_network_of_its_own("guard::without_the_guard_every_address_would_answer", || {
+    where_every_address_answers("guard::without_the_guard_every_address_would_answer", || {
         name_server(&[("rebind.test", &[&["93.184.215.14"], &["10.0.0.1"]]), ("six.test", &[&["fd00::1"]])]);
         let _ups = canary();
         for host in
@@ -178,7 +158,7 @@ fn without_the_guard_every_address_would_answer() {
 
 #[test]
 fn no_spelling_of_an_inside_address_gets_through() {
-    in_a_network_of_its_own("guard::no_spelling_of_an_inside_address_gets_through", || {
+    where_every_address_answers("guard::no_spelling_of_an_inside_address_gets_through", || {
         assert!(SPELLINGS.len() >= 60);
         let (ups, service) = (canary(), strict().start());
         let mut wrong = Vec::new();
@@ -253,7 +233,7 @@ fn dns_answer(
 
 #[test]
 fn names_of_inside_addresses_are_forbidden() {
-    in_a_network_of_its_own("guard::names_of_inside_addresses_are_forbidden", || {
+    where_every_address_answers("guard::names_of_inside_addresses_are_forbidden", || {
         name_server(&[
             ("inside.test", &[&["10.0.0.1"]]),
             ("loop.test", &[&["127.0.0.1", "::1"]]),
@@ -285,7 +265,7 @@ fn names_of_inside_addresses_are_forbidden() {
 
 #[test]
 fn a_resolver_that_fails_allows_nothing() {
-    in_a_network_of_its_own("guard::a_resolver_that_fails_allows_nothing", || {
+    where_every_address_answers("guard::a_resolver_that_fails_allows_nothing", || {
         // Nobody answers at the name server's port.
         let (ups, service) = (canary(), strict().start());
         service.fetch("http://some.test/x").assert_error(503, "upstream_unavailable");
@@ -295,7 +275,7 @@ fn a_resolver_that_fails_allows_nothing() {
 
 #[test]
 fn a_name_that_changes_its_mind_gains_nothing() {
-    in_a_network_of_its_own("guard::a_name_that_changes_its_mind_gains_nothing", || {
+    where_every_address_answers("guard::a_name_that_changes_its_mind_gains_nothing", || {
         name_server(&[("rebind.test", &[&["93.184.215.14"], &["127.0.0.1"], &["127.0.0.1"]])]);
         // Two servers: who answers says where the request went.
         let outside = Upstream::bind("93.184.215.14:80", None);
@@ -311,7 +291,7 @@ fn a_name_that_changes_its_mind_gains_nothing() {
 
 #[test]
 fn redirects_inside_are_forbidden_by_name_as_well() {
-    in_a_network_of_its_own("guard::redirects_inside_are_forbidden_by_name_as_well", || {
+    where_every_address_answers("guard::redirects_inside_are_forbidden_by_name_as_well", || {
         name_server(&[("public.test", &[&["93.184.215.14"]]), ("inside.test", &[&["10.0.0.1"]])]);
         let outside = Upstream::bind("93.184.215.14:80", None);
         let inside = Upstream::bind("10.0.0.1:80", None);
@@ -333,7 +313,7 @@ fn redirects_inside_are_forbidden_by_name_as_well() {
 
 #[test]
 fn an_exemption_opens_its_network_and_no_other() {
-    in_a_network_of_its_own("guard::an_exemption_opens_its_network_and_no_other", || {
+    where_every_address_answers("guard::an_exemption_opens_its_network_and_no_other", || {
         let ups = canary();
         let service =
             Service::new().env("UPSTREAM__ALLOW_PRIVATE_NETWORKS", "10.1.0.0/16,fd00:1::/32").start();
@@ -350,7 +330,7 @@ fn an_exemption_opens_its_network_and_no_other() {
 
 #[test]
 fn through_a_proxy_inside_names_are_judged_here() {
-    in_a_network_of_its_own("guard::through_a_proxy_inside_names_are_judged_here", || {
+    where_every_address_answers("guard::through_a_proxy_inside_names_are_judged_here", || {
         let proxy = Upstream::bind("93.184.215.14:3128", None);
         proxy.serve("http://public.test/x", Reply::ok(&Content::of(b"by proxy")));
         let service = strict().env("UPSTREAM__PROXY", "http://93.184.215.14:3128").start();

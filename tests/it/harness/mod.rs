@@ -72,6 +72,33 @@ pub fn skip(name: &str, why: &str) {
     writeln!(file.expect("the list of skipped tests can be written"), "{name}: {why}").unwrap();
 }
 
+/// Runs `test` in fresh network and mount namespaces, where nothing is reached but loopback. The test binary calls itself for
+/// that; `name` is the test's own, with its module.
+pub fn in_a_network_of_its_own(name: &str, test: impl FnOnce()) {
+    const INSIDE: &str = "ARTIFACT_CACHE_TEST_NAMESPACE";
+    if std::env::var_os(INSIDE).is_some() {
+        let done = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip is there");
+        assert!(done.success(), "ip link set lo up");
+        return test();
+    }
+    if !rustix::process::geteuid().is_root() {
+        return skip(name, "needs root");
+    }
+    let exe = std::env::current_exe().unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--net", "--mount", "--"]).arg(exe).args([name, "--exact", "--nocapture"]).env(INSIDE, "1");
+    let output = match command.output() {
+        Ok(output) => output,
+        Err(e) => return skip(name, &format!("unshare: {e}")),
+    };
+    let said =
+        [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+    if said.contains("unshare failed") {
+        return skip(name, "needs root and namespaces");
+    }
+    assert!(output.status.success() && said.contains("1 passed"), "inside the namespace:\n{said}");
+}
+
 /// Builds a shared object from C for [`Service::preload`], in `dir`; in its source `TRIGGER` is that path. Without a
 /// compiler the test called `name` is skipped.
 pub fn build_shim(dir: &Path, source: &str, trigger: &Path, name: &str) -> Option<PathBuf> {
