@@ -70,26 +70,31 @@ def build(project):
     return Path(os.environ.get("CARGO_TARGET_DIR", project / "target")) / "release" / "artifact-cache"
 
 
-def enter_network(congestion_control):
+def enter_network(congestion_control=None):
     """Goes on in a network of its own that has loopback only, this process and all that it starts, and says what it is like.
 
-    Algorithms that pace (BBR) do it by timers on loopback, for servers and clients alike, though nothing is ever lost
-    there: then the timers are what is measured. So everybody is measured with Linux's default, whatever this machine is
-    set to. `machine` stays on the machine's own network, as it is set."""
-    if congestion_control == "machine":
-        return f"the machine's, {Path('/proc/sys/net/ipv4/tcp_congestion_control').read_text().strip()}"
+    Who may not make one stays in the machine's. The algorithm is the machine's, or the one named: as the network's default where
+    this kernel lets a namespace have another than the machine, else by the route, which also overrules a server's own
+    choice."""
+    of_namespace = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+    usual = of_namespace.read_text().strip()
+    wanted = congestion_control or usual
     # os.unshare is of Python 3.12.
     if LIBC.unshare(CLONE_NEWNET):
+        if wanted == usual:
+            return f"the machine's, {usual}"
         why = os.strerror(ctypes.get_errno())
-        raise SystemExit(f"no network of its own: {why}; run as root, or with --congestion-control machine")
+        raise SystemExit(f"--congestion-control {wanted}: no network of its own: {why}; run as root")
     ip = which("ip") or "ip"
     subprocess.run([ip, "link", "set", "lo", "up"], check=True)
-    # By the route: a namespace may set its default only to what the whole machine allows.
-    route = ["local", "127.0.0.1", "dev", "lo", "proto", "kernel", "scope", "host", "src", "127.0.0.1", "table", "local"]
-    if subprocess.run([ip, "route", "replace", *route, "congctl", congestion_control], check=False).returncode:
-        known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().strip()
-        raise SystemExit(f"--congestion-control {congestion_control}: this kernel has {known}")
-    return f"loopback in a namespace of its own, {congestion_control}"
+    try:
+        of_namespace.write_text(wanted)
+    except OSError:
+        route = "local 127.0.0.1 dev lo proto kernel scope host src 127.0.0.1 table local congctl".split()
+        if subprocess.run([ip, "route", "replace", *route, wanted], check=False).returncode:
+            known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().strip()
+            raise SystemExit(f"--congestion-control {wanted}: this kernel has {known}") from None
+    return f"loopback in a namespace of its own, {wanted}"
 
 
 def describe():
