@@ -98,7 +98,7 @@ def enter_network(congestion_control=None):
     return f"loopback in a namespace of its own, {wanted}"
 
 
-def claim_memory(size=2 << 30):
+def claim_memory(size):
     """Has the host give memory to this virtual machine, `size` bytes that are free afterwards.
 
     What has been free for some seconds a guest may hand back (free page reporting), and each page then costs its next user, as his own

@@ -235,7 +235,8 @@ class Fleet:
                             "-s", "Transient=malloc,64M", "-n", process.directory / "work"])
 
     def _varnish_file(self, key):
-        return self._varnish(key, storage=f"file,{self.work / key / 'store'},6G")
+        # Room for all that five rounds bring: making room by eviction takes it ten times as long as a download.
+        return self._varnish(key, storage=f"file,{self.work / key / 'store'},14G")
 
     def _squid(self, key):
         process, port = Process(self.work / key), machine.free_port()
