@@ -99,10 +99,10 @@ def enter_network(congestion_control=None):
 
 
 def claim_memory(size):
-    """Has the host give memory to this virtual machine, `size` bytes that are free afterwards.
+    """Takes memory and frees it, so that the next to need `size` bytes gets them from what was in use just now.
 
-    What has been free for some seconds a guest may hand back (free page reporting), and each page then costs its next user, as his own
-    processor time, as much as writing it. Without this, who pays depends on who came before."""
+    On a virtual machine whose host takes free memory back, pages that were long free would cost their next user more, as his own
+    processor time. That this is why downloads scatter is a guess that fits: they do so less with it, not never."""
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 

@@ -1,4 +1,4 @@
-//! Clients that are slow, greedy or malformed.
+//! Clients that are slow, greedy or malformed, and how what is sent to them is paced.
 
 use std::process::Command;
 use std::time::Duration;
@@ -255,7 +255,7 @@ fn nothing_is_paced_within_this_machine() {
                 .args(["-Htin", "state", "established"])
                 .arg(from_service)
                 .output()
-                .unwrap();
+                .expect("ss is there, of iproute2");
             let sockets = String::from_utf8(sockets.stdout).unwrap();
             assert!(sockets.split_whitespace().any(|word| word == algorithm), "{host}: {sockets}");
         }
